@@ -1,0 +1,302 @@
+"""The engine beside transformers' batched `generate`: same random weights, prompts and token counts, in one process.
+
+    python benchmarks/engine.py --size 256m --tiles 1 --tokens 64 --batch 8 --dtype bfloat16
+
+Both start from what their own preparation hands them (uint8 tiles; normalised float pixels) and generate exactly
+`--tokens` greedy tokens per image. The runs of the two alternate; the medians and the spread go into a table and, as
+the last line, into one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from smolvlm import Engine, Processor, SamplingParams
+from smolvlm.engine.images import TileSpan
+from smolvlm.engine.runner import Chosen, Runner
+from smolvlm.engine.sequence import Sequence
+from smolvlm.image import Tiles
+from smolvlm.processor import ModelInput
+from smolvlm.scratch import SIZES, create_checkpoint
+
+PHASES = ("vision", "prefill", "decode")
+MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe this image."}]}]
+
+
+class Clock:
+    """Seconds spent per phase. Waits for the device at both ends, so that a phase is charged what it caused."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = self.now()
+        yield
+        self.seconds[name] += self.now() - start
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed pass over the batch: seconds in all and by phase, and the tokens that came out."""
+
+    total_s: float
+    phase_s: dict[str, float]
+    token_ids: list[list[int]]
+
+
+@dataclass
+class Side:
+    """Ours or the peer, with the runs made so far."""
+
+    name: str
+    once: Callable[[int], Run]
+    runs: list[Run] = field(default_factory=list)
+
+
+class TimedRunner(Runner):
+    """The engine's runner with a stopwatch on each phase."""
+
+    clock: Clock
+
+    def encode(self, spans: list[TileSpan]) -> None:
+        with self.clock.phase("vision"):
+            super().encode(spans)
+
+    def prefill(self, sequences: list[Sequence]) -> Chosen:
+        with self.clock.phase("prefill"):
+            return super().prefill(sequences)
+
+    def decode(self, sequences: list[Sequence]) -> Chosen:
+        with self.clock.phase("decode"):
+            return super().decode(sequences)
+
+
+def ours(checkpoint: Path, inputs: list[ModelInput], args: argparse.Namespace) -> Side:
+    engine = Engine.from_pretrained(
+        checkpoint, args.device, args.dtype, max_num_sequences=len(inputs), tile_batch=args.tile_batch
+    )
+    runner = TimedRunner(engine.runner.model, engine.runner.cache, engine.runner.device)
+    engine.runner = runner
+
+    def once(tokens: int) -> Run:
+        runner.clock = clock = Clock(runner.device)
+        start = clock.now()
+        done = engine.generate(inputs, SamplingParams(max_new_tokens=tokens, ignore_eos=True))
+        return Run(clock.now() - start, clock.seconds, [completion.token_ids for completion in done])
+
+    return Side("ours", once)
+
+
+def peer(checkpoint: Path, inputs: list[ModelInput], args: argparse.Namespace) -> Side:
+    from transformers import Idefics3ForConditionalGeneration
+
+    device = torch.device(args.device)
+    loaded = Idefics3ForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, args.dtype))
+    model: Any = loaded.eval()
+    model.to(device)
+    model.generation_config.eos_token_id = None  # both generate exactly the asked number of tokens
+    clock = Clock(device)
+    _watch(model, clock)
+    ids = torch.tensor([each.prompt_token_ids for each in inputs], device=device)
+    pixels = torch.stack([torch.from_numpy(each.tiles[0].pixels) for each in inputs]).to(device)
+    pixels = (pixels.permute(0, 1, 4, 2, 3).to(model.dtype) / 255 - 0.5) / 0.5  # [B, N, 3, S, S]
+
+    def once(tokens: int) -> Run:
+        clock.seconds = defaultdict(float)
+        start = clock.now()
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=pixels,
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        total = clock.now() - start
+        seconds = dict(clock.seconds)
+        seconds["decode"] = total - seconds["vision"] - seconds["prefill"]
+        return Run(total, seconds, out[:, ids.shape[1] :].tolist())
+
+    return Side("transformers", once)
+
+
+def _watch(model: Any, clock: Clock) -> None:
+    """Time the peer's vision part and its first pass through the text model and head; the rest of a run is decoding."""
+    marks: dict[str, float] = {}
+
+    def start(name: str) -> Callable[..., None]:
+        return lambda *_: marks.update({name: clock.now()})
+
+    def stop(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if name not in clock.seconds:
+                clock.seconds[name] = clock.now() - marks[name]
+
+        return hook
+
+    model.model.vision_model.register_forward_pre_hook(start("vision"))
+    model.model.connector.register_forward_hook(stop("vision"))
+    model.model.text_model.register_forward_pre_hook(start("prefill"))
+    model.lm_head.register_forward_hook(stop("prefill"))
+
+
+def make_inputs(checkpoint: Path, num_tiles: int, batch: int) -> list[ModelInput]:
+    """Prompts over images of noise, each with `num_tiles` tiles in a grid as square as possible."""
+    processor = Processor.from_pretrained(checkpoint)
+    rows, cols = grid_of(num_tiles)
+    side = processor.config.image.tile_size
+    rng = np.random.default_rng(0)
+    shape = (num_tiles, side, side, 3)
+    images = [Tiles(rng.integers(0, 256, shape, dtype=np.uint8), rows, cols) for _ in range(batch)]
+    return [processor.from_tiles(MESSAGES, [image]) for image in images]
+
+
+def grid_of(num_tiles: int) -> tuple[int, int]:
+    """Rows and columns of an image with this many tiles, the global one included.
+
+    Raises:
+        ValueError: no grid of at most 6 × 6 has so many.
+    """
+    if num_tiles == 1:
+        return 0, 0
+    grids = [(rows, cols) for rows in range(1, 7) for cols in range(rows, 7) if rows * cols + 1 == num_tiles]
+    if not grids:
+        raise ValueError(f"--tiles is {num_tiles}; it must be 1, or rows × columns + 1 with both at most 6, such as 13")
+    return grids[-1]
+
+
+def summary(side: Side, args: argparse.Namespace, prompt_tokens: int) -> dict[str, Any]:
+    """Medians over the runs: images/s with its spread, and the rate of each phase."""
+    rates = [args.batch / run.total_s for run in side.runs]
+    work = {
+        "vision": args.batch * args.tiles,
+        "prefill": args.batch * prompt_tokens,
+        "decode": args.batch * (args.tokens - 1),  # the first token comes from the prefill
+    }
+    seconds = {phase: statistics.median(run.phase_s.get(phase, 0.0) for run in side.runs) for phase in PHASES}
+    return {
+        "images_per_s": round(statistics.median(rates), 3),
+        "images_per_s_min_max": [round(min(rates), 3), round(max(rates), 3)],
+        "tiles_per_s": round(work["vision"] / seconds["vision"], 2) if seconds["vision"] else None,
+        "prefill_tokens_per_s": round(work["prefill"] / seconds["prefill"], 1) if seconds["prefill"] else None,
+        "decode_tokens_per_s": round(work["decode"] / seconds["decode"], 1) if work["decode"] else None,
+        "phase_s": {phase: round(seconds[phase], 4) for phase in PHASES},
+    }
+
+
+def report(sides: list[Side], args: argparse.Namespace, prompt_tokens: int) -> dict[str, Any]:
+    results = {side.name: summary(side, args, prompt_tokens) for side in sides}
+    rows = ("images_per_s", "images_per_s_min_max", "tiles_per_s", "prefill_tokens_per_s", "decode_tokens_per_s")
+    print(f"\n{'':24}" + "".join(f"{name:>22}" for name in results))
+    for row in rows:
+        print(f"{row:24}" + "".join(f"{result[row]!s:>22}" for result in results.values()))
+    mine = results["ours"]["images_per_s"]
+    other = results["transformers"]["images_per_s"] if "transformers" in results else None
+    return {
+        "benchmark": "engine",
+        "unit": "images/s",
+        "ours": mine,
+        "peer": other,
+        "ratio": round(mine / other, 3) if other else None,
+        "peer_name": "transformers" if other else None,
+        "same_tokens": same_tokens(sides),
+        "details": results,
+        "setting": {**vars(args), "prompt_tokens": prompt_tokens},
+        "hardware": hardware(torch.device(args.device)),
+        "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def same_tokens(sides: list[Side]) -> float | None:
+    """Share of the answers that are equal on both sides; below 1 in low precision, where near-ties fall either way."""
+    if len(sides) < 2:
+        return None
+    pairs = list(zip(sides[0].runs[-1].token_ids, sides[1].runs[-1].token_ids, strict=True))
+    return round(sum(mine == other for mine, other in pairs) / len(pairs), 3)
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    described: dict[str, Any] = {"cpu": _cpu_name(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", default="256m", choices=list(SIZES))
+    parser.add_argument("--tiles", type=int, default=1, help="tiles per image, the global one included")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens generated per image")
+    parser.add_argument("--batch", type=int, default=8, help="images generated together")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
+    parser.add_argument("--tile-batch", type=int, default=None, help="tiles per encoder batch; default: the engine's")
+    parser.add_argument("--peer", default="transformers", choices=["transformers", "none"])
+    parser.add_argument("--smoke", action="store_true", help="tiny model, tiny load: shows that it runs")
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.size, args.tokens, args.batch, args.repeats, args.threads = "tiny", 4, 2, 2, 1
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = create_checkpoint(Path(directory) / args.size, args.size, dtype=args.dtype)
+        inputs = make_inputs(checkpoint, args.tiles, args.batch)
+        sides = [ours(checkpoint, inputs, args)]
+        if args.peer != "none":
+            sides.append(peer(checkpoint, inputs, args))
+        measure(sides, args)
+    print(json.dumps(report(sides, args, len(inputs[0].prompt_token_ids))))
+
+
+def measure(sides: list[Side], args: argparse.Namespace) -> None:
+    """Alternate the sides, so that both see the same machine; the order turns round each time."""
+    for side in sides:
+        side.once(min(4, args.tokens))
+    for repeat in range(args.repeats):
+        for side in sides if repeat % 2 == 0 else reversed(sides):
+            side.runs.append(side.once(args.tokens))
+            print(f"{side.name}: {args.batch / side.runs[-1].total_s:.3f} images/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

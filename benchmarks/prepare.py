@@ -1,0 +1,205 @@
+"""Image preparation: file bytes → tiles, ours against transformers' `Idefics3ImageProcessorPil`, on one core.
+
+    python benchmarks/prepare.py [--smoke] [--repeats N]
+
+Both decode the same JPEG and PNG files, in one process, taking turns image by image. The tiles are compared byte by
+byte first. transformers gets its pixels as its model wants them: float32, normalised; ours stay uint8, since the engine
+normalises on the device. The last line of stdout is one JSON object: images per second and per core.
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core each; before numpy starts its threads
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+import transformers
+from PIL import Image, ImageDraw, ImageFilter
+from rich.console import Console
+from rich.table import Table
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+from smolvlm.config import ImageConfig
+from smolvlm.image import ImagePolicy, decode_image, split_image
+from smolvlm.scratch import create_checkpoint
+
+UInt8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of image: how to draw it, and how it is split."""
+
+    name: str
+    draw: Callable[[int, int, int], Image.Image]
+    size: tuple[int, int]
+    format: str
+    num_tiles: int
+    splitting: bool = True
+
+
+@dataclass(frozen=True)
+class Result:
+    """Images per second in the median repeat, and the spread of their ratio over the repeats."""
+
+    case: Case
+    ours: float
+    peer: float
+    lowest: float
+    highest: float
+
+
+def photograph(width: int, height: int, seed: int) -> Image.Image:
+    """Soft shapes and sensor noise: compresses like a photograph."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    return Image.fromarray(np.clip(smooth + rng.normal(0, 6, smooth.shape), 0, 255).astype(np.uint8))
+
+
+def page(width: int, height: int, seed: int) -> Image.Image:
+    """A scanned page: lines of word-like strokes on paper."""
+    rng = np.random.default_rng(seed)
+    sheet = Image.new("RGB", (width, height), (250, 249, 245))
+    pen = ImageDraw.Draw(sheet)
+    for top in range(height // 12, height - height // 12, max(height // 60, 3)):
+        left = width // 10
+        while left < width * 9 // 10:
+            word = int(rng.integers(width // 60 + 1, width // 12 + 2))
+            pen.rectangle((left, top, left + word, top + max(height // 150, 1)), fill=(30, 30, 40))
+            left += word + width // 90 + 1
+    return sheet.filter(ImageFilter.GaussianBlur(0.6))
+
+
+def grey_page(width: int, height: int, seed: int) -> Image.Image:
+    return page(width, height, seed).convert("L").convert("RGB")
+
+
+def cases(smoke: bool) -> list[Case]:
+    photo, letter, thumb = ((40, 30), (51, 66), (16, 12)) if smoke else ((1600, 1200), (1275, 1650), (640, 480))
+    return [
+        Case("photo, 13 tiles", photograph, photo, "JPEG", 13),
+        Case("page, 17 tiles", page, letter, "PNG", 17),
+        Case("grey page, 17 tiles", grey_page, letter, "JPEG", 17),
+        Case("small photo, 13 tiles", photograph, thumb, "JPEG", 13),
+        Case("photo, unsplit", photograph, photo, "JPEG", 1, splitting=False),
+    ]
+
+
+def encode(case: Case, seed: int) -> bytes:
+    buffer = io.BytesIO()
+    case.draw(*case.size, seed).save(buffer, case.format)
+    return buffer.getvalue()
+
+
+def image_config(smoke: bool) -> ImageConfig:
+    """The published policy of SmolVLM-256M, from a checkpoint of that shape (its layers do not matter here)."""
+    with tempfile.TemporaryDirectory() as folder:
+        if smoke:
+            return ImageConfig.from_pretrained(create_checkpoint(Path(folder), "tiny"))
+        create_checkpoint(Path(folder), "256m", num_text_layers=0, num_vision_layers=0)
+        return ImageConfig.from_pretrained(folder)
+
+
+def peer_processor(config: ImageConfig, pixels_only: bool) -> Idefics3ImageProcessorPil:
+    return Idefics3ImageProcessorPil(
+        size={"longest_edge": config.longest_edge},
+        max_image_size={"longest_edge": config.tile_size},
+        image_mean=list(config.mean),
+        image_std=list(config.std),
+        do_rescale=not pixels_only,
+        do_normalize=not pixels_only,
+    )
+
+
+def prepare_ours(data: bytes, config: ImageConfig, splitting: bool) -> UInt8:
+    return split_image(decode_image(data).image, config, ImagePolicy(image_splitting=splitting)).pixels
+
+
+def prepare_peer(data: bytes, processor: Idefics3ImageProcessorPil, splitting: bool) -> npt.NDArray[Any]:
+    image = Image.open(io.BytesIO(data))
+    batch: Any = processor.preprocess(image, do_image_splitting=splitting, return_tensors="np")
+    pixels: npt.NDArray[Any] = batch["pixel_values"][0]
+    return pixels
+
+
+def assert_equal_tiles(case: Case, files: list[bytes], config: ImageConfig) -> None:
+    processor = peer_processor(config, pixels_only=True)
+    for data in files:
+        ours = prepare_ours(data, config, case.splitting)
+        theirs = prepare_peer(data, processor, case.splitting).transpose(0, 2, 3, 1)
+        if len(ours) != case.num_tiles or not np.array_equal(ours, theirs):
+            raise SystemExit(f"{case.name}: the tiles differ from those of transformers")
+
+
+def measure(case: Case, files: list[bytes], config: ImageConfig, repeats: int) -> Result:
+    assert_equal_tiles(case, files, config)
+    processor = peer_processor(config, pixels_only=False)
+    ours, peer = [], []
+    for _ in range(repeats):
+        mine, theirs = 0.0, 0.0
+        for data in files:
+            mine += seconds(prepare_ours, data, config, case.splitting)
+            theirs += seconds(prepare_peer, data, processor, case.splitting)
+        ours.append(len(files) / mine)
+        peer.append(len(files) / theirs)
+    ratios = [mine / theirs for mine, theirs in zip(ours, peer, strict=True)]
+    return Result(case, statistics.median(ours), statistics.median(peer), min(ratios), max(ratios))
+
+
+def seconds(work: Callable[..., object], *arguments: object) -> float:
+    """Processor time of this thread: another process on the core does not count."""
+    start = time.thread_time()
+    work(*arguments)
+    return time.thread_time() - start
+
+
+def show(results: list[Result]) -> None:
+    table = Table("case", "ours, images/s", "transformers, images/s", "ratio", "lowest to highest")
+    for result in results:
+        spread = f"{result.lowest:.2f} to {result.highest:.2f}"
+        ratio = f"{result.ours / result.peer:.2f}"
+        table.add_row(result.case.name, f"{result.ours:.2f}", f"{result.peer:.2f}", ratio, spread)
+    Console(width=110).print(table)
+    print(f"one core, {platform.machine()}; pillow {PIL.__version__}, transformers {transformers.__version__}")
+
+
+def summary(results: list[Result]) -> dict[str, Any]:
+    """The means are those of a job that holds as many images of each case."""
+    ours, peer = (
+        len(results) / sum(1 / rate for rate in rates)
+        for rates in zip(*((r.ours, r.peer) for r in results), strict=True)
+    )
+    each = {r.case.name: {"ours": r.ours, "peer": r.peer, "ratio": r.ours / r.peer} for r in results}
+    return {"ours": ours, "peer": peer, "ratio": ours / peer, "unit": "images/s per core", "cases": each}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny images, for tests")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--images", type=int, default=4, help="different images in each case")
+    options = parser.parse_args()
+    config = image_config(options.smoke)
+    results = []
+    for case in cases(options.smoke):
+        files = [encode(case, seed) for seed in range(1 if options.smoke else options.images)]
+        results.append(measure(case, files, config, options.repeats))
+    show(results)
+    print(json.dumps(summary(results)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a user types: the job file, the command line and the reports around a run."""

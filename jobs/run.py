@@ -1,0 +1,80 @@
+"""Run one job from this process: join or start Ray, execute, drain on the first interrupt."""
+
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from pipeline.job import Job
+
+if TYPE_CHECKING:
+    from jobs.progress import Display
+    from pipeline.run import Summary
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def execute(job: Job, display: "Display", address: str | None = None) -> "Summary":
+    """Run `job` on the Ray cluster at `address`, or on this machine if None.
+
+    The first SIGINT or SIGTERM lets work under way finish and commits it (Summary.interrupted); the second raises
+    KeyboardInterrupt. Raises pipeline.errors.PipelineError for what a user can cause.
+    """
+    from pipeline.run import check_destination, run
+
+    check_destination(job)
+    drain = threading.Event()
+    with ray_session(address), draining(drain, display.say):
+        return run(job, on_progress=display, drain=drain)
+
+
+@contextmanager
+def ray_session(address: str | None = None) -> Iterator[None]:
+    """Connect to the cluster at `address`, or start a local Ray, for the length of the block; keep one that runs here.
+
+    A local Ray has no dashboard, asks every client for a token made for this session and reports no statistics.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is None and "ray" not in sys.modules:  # Ray reads these once per process
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    include_dashboard = False if address is None else None
+    ray.init(
+        address=address or "local",
+        include_dashboard=include_dashboard,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def draining(drain: threading.Event, say: Callable[[str], None]) -> Iterator[None]:
+    """Set `drain` on the first SIGINT or SIGTERM inside the block, raise KeyboardInterrupt on the second."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if drain.is_set():
+            raise KeyboardInterrupt
+        drain.set()
+        say("stopping: images under way are finished and committed; interrupt again to abort")
+
+    before = {number: signal.signal(number, on_signal) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,67 @@
+"""What the driver and its workers tell each other during a run: counts one way, "stop taking new work" the other."""
+
+import time
+from collections import Counter
+from typing import Any
+
+import ray
+
+_ASK_AGAIN_S = 0.5
+
+
+class Board:
+    """The state, in an actor of its own."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._draining = False
+
+    def add(self, counts: dict[str, int]) -> None:
+        """Add to the counts."""
+        self._counts.update(counts)
+
+    def counts(self) -> dict[str, int]:
+        """Return all counts so far."""
+        return dict(self._counts)
+
+    def drain(self) -> None:
+        """Ask the workers to take no new work."""
+        self._draining = True
+
+    def is_draining(self) -> bool:
+        """Whether that was asked."""
+        return self._draining
+
+
+class Control:
+    """A handle on the board that travels to the workers. Counts are for showing; the rows in `data/` are the truth."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._draining = False
+        self._asked_at = 0.0
+
+    @classmethod
+    def create(cls) -> "Control":
+        """Start a board; it ends with the driver."""
+        return cls(ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote())
+
+    def add(self, **counts: int) -> None:
+        """Add to the counts without waiting."""
+        self._board.add.remote(counts)
+
+    def counts(self) -> Counter[str]:
+        """Return the counts, waiting for them."""
+        return Counter(ray.get(self._board.counts.remote()))
+
+    def drain(self) -> None:
+        """Let what is in flight finish and start nothing new."""
+        ray.get(self._board.drain.remote())
+
+    def is_draining(self) -> bool:
+        """Whether to skip new work; asks the board twice a second at most."""
+        now = time.monotonic()
+        if not self._draining and now - self._asked_at > _ASK_AGAIN_S:
+            self._asked_at = now
+            self._draining = bool(ray.get(self._board.is_draining.remote()))
+        return self._draining

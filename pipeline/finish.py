@@ -1,0 +1,98 @@
+"""The end of a run: every input has exactly one row, and `_SUCCESS.json` says so."""
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import ranges
+from pipeline.commit import Commit, data_directory, row_numbers, write_commit
+from pipeline.manifest import Manifest
+from pipeline.ranges import Ranges
+from pipeline.sink import committed_counts
+from pipeline.storage import Location
+
+_FILES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class FileTotals:
+    """What one committed file adds to the totals."""
+
+    name: str
+    sha256: str
+    rows: int
+    counts: Counter[str]
+
+
+def resolve_overlaps(destination: Location, commits: list[Commit], manifest: Manifest) -> list[Commit]:
+    """Make commits disjoint: of rows that two files hold, the file first by name keeps them.
+
+    Only a second driver that outlived its lease can have made any. The smaller file is written before the larger goes,
+    so no row is missing at any moment.
+    """
+    kept: list[Commit] = []
+    held = ranges.empty()
+    for commit in commits:
+        if ranges.count(ranges.intersection(commit.rows, held)):
+            commit_or_none = _without(destination, commit, held, manifest)
+            if commit_or_none is None:
+                continue
+            commit = commit_or_none
+        kept.append(commit)
+        held = ranges.union(held, commit.rows)
+    return kept
+
+
+def write_success(
+    destination: Location, commits: Iterable[Commit], manifest: Manifest, extra: dict[str, Any]
+) -> Counter[str]:
+    """Read every committed file once, store totals and digests in `_SUCCESS.json`, and return the totals."""
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        files = list(pool.map(lambda commit: _totals(destination, commit), commits))
+    counts: Counter[str] = sum((file.counts for file in files), Counter())
+    content = {
+        "inputs": manifest.rows,
+        "rows": sum(file.rows for file in files),
+        "ok": counts["ok"],
+        "error": counts["error"],
+        "errors_by_code": errors_by_code(counts),
+        "files": {file.name: {"rows": file.rows, "sha256": file.sha256} for file in files},
+        **extra,
+    }
+    destination.child("_SUCCESS.json").put(json.dumps(content, indent=1).encode())
+    return counts
+
+
+def errors_by_code(counts: Counter[str]) -> dict[str, int]:
+    """Return the `error.<code>` counts by code, the most frequent first."""
+    return {key.removeprefix("error."): n for key, n in counts.most_common() if key.startswith("error.") and n}
+
+
+def _without(destination: Location, commit: Commit, held: Ranges, manifest: Manifest) -> Commit | None:
+    location = data_directory(destination).child(commit.name)
+    table = pq.read_table(pa.BufferReader(location.read()))
+    keep = [not _contains(held, number) for number in row_numbers(table, manifest.rows_per_shard).tolist()]
+    rest = table.filter(pa.array(keep))
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    replacement = write_commit(destination, rest, manifest.rows_per_shard, metadata) if rest.num_rows else None
+    location.delete()
+    return replacement
+
+
+def _contains(rows: Ranges, number: int) -> bool:
+    index = int(rows[:, 0].searchsorted(number, side="right")) - 1
+    return index >= 0 and number < int(rows[index, 1])
+
+
+def _totals(destination: Location, commit: Commit) -> FileTotals:
+    data = data_directory(destination).child(commit.name).read()
+    table = pq.read_table(io.BytesIO(data), columns=["status", "error"])
+    return FileTotals(commit.name, hashlib.sha256(data).hexdigest(), table.num_rows, committed_counts(table))

@@ -1,0 +1,187 @@
+"""The GPU stage: tiles in, text out. An actor holds one engine; many blocks are in it at once, so its batch stays
+full.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.control import Control
+from pipeline.errors import RowError
+from pipeline.job import Job, Task
+from pipeline.records import error_value, output_schema
+from smolvlm.image import Tiles
+
+if TYPE_CHECKING:
+    from smolvlm.engine import Completion
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one task said about one image."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    output_tokens: int
+    mean_logprob: float
+
+
+class RowRefused(ValueError):
+    """The engine will not take this request; `code` goes into the row."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+Pending = Callable[[], Answer]
+"""Waits for one answer and returns it."""
+
+
+class Answerer(Protocol):
+    """What the stage needs of an engine."""
+
+    def submit(self, tiles: Tiles, task: Task, seed: int) -> Pending:
+        """Queue one prompt about one image; raises RowRefused for a request that can never run."""
+
+    def close(self) -> None:
+        """Stop."""
+
+
+AnswererFactory = Callable[[Job], Answerer]
+
+
+class SmolVLMAnswerer:
+    """The engine of `smolvlm` behind the stage's small interface."""
+
+    def __init__(self, job: Job) -> None:
+        # Imported here, in the actor: nobody else needs torch.
+        import torch
+
+        from smolvlm import Engine, Processor
+        from smolvlm.engine import EngineLoop
+
+        device = "cuda" if job.engine.gpus else "cpu"
+        if device == "cpu":
+            torch.set_num_threads(job.engine.threads or max(1, (os.cpu_count() or 1) // job.engine.replicas[0]))
+        limits = {} if job.engine.max_num_sequences is None else {"max_num_sequences": job.engine.max_num_sequences}
+        model, revision = job.model.id, job.model.revision
+        self._processor = Processor.from_pretrained(model, revision=revision)
+        engine = Engine.from_pretrained(model, device=device, dtype=job.model.dtype, revision=revision, **limits)
+        self._loop = EngineLoop(engine)
+
+    def submit(self, tiles: Tiles, task: Task, seed: int) -> Pending:
+        """Queue the task's prompt with the image first, as the checkpoints were trained."""
+        from smolvlm import SamplingParams
+        from smolvlm.engine import PromptTooLong
+
+        content = [{"type": "image"}, {"type": "text", "text": task.prompt}]
+        model_input = self._processor.from_tiles([{"role": "user", "content": content}], [tiles])
+        params = SamplingParams(
+            max_new_tokens=task.max_new_tokens, temperature=task.temperature, top_p=task.top_p, seed=seed
+        )
+        try:
+            completion = self._loop.submit(model_input, params)
+        except PromptTooLong as error:
+            raise RowRefused("prompt_too_long", str(error)) from error
+        return lambda: self._answer(completion.result())
+
+    def close(self) -> None:
+        """Stop the engine's thread."""
+        self._loop.close()
+
+    def _answer(self, done: "Completion") -> Answer:
+        text = self._processor.decode(done.token_ids)
+        return Answer(text, done.finish_reason, done.prompt_tokens, len(done.token_ids), done.mean_logprob)
+
+
+class GenerateWorker:
+    """An actor of the generate pool. Ray calls it from several threads; each call waits for one block's answers."""
+
+    def __init__(self, job: Job, factory: AnswererFactory, control: Control) -> None:
+        self._job = job
+        self._answerer = factory(job)
+        self._control = control
+        self._schema = output_schema(job.tasks)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Return the block's rows with the job's output schema; the tiles end here."""
+        if block.num_rows == 0:
+            return self._schema.empty_table()
+        pending = [self._submit(block, index) for index in range(block.num_rows)]
+        try:
+            answers = [[_outcome(item) for item in row] for row in pending]
+        except Exception as error:
+            # The engine is gone, not the row: end this process, so that Ray starts another and sends the block again.
+            print(f"engine failed: {type(error).__name__}: {error}", flush=True)
+            os._exit(1)
+        self._control.add(
+            generated=block.num_rows,
+            tokens=sum(a.output_tokens for row in answers for a in row if isinstance(a, Answer)),
+        )
+        return answered_table(block, answers, self._job.tasks)
+
+    def _submit(self, block: pa.Table, index: int) -> list[Pending | RowError]:
+        if block["error"][index].is_valid:
+            return []
+        tiles = tiles_of(block, index)
+        seeds = [_seed(self._job.seed, block, index, task) for task in self._job.tasks]
+        return [
+            _submitted(self._answerer, tiles, task, seed) for task, seed in zip(self._job.tasks, seeds, strict=True)
+        ]
+
+
+def tiles_of(block: pa.Table, index: int) -> Tiles:
+    """Return row `index`'s tiles, uint8 [num_tiles, S, S, 3], without copying them out of the block."""
+    num_tiles = block["num_tiles"][index].as_py()
+    flat = np.frombuffer(block["tiles"][index].as_buffer(), dtype=np.uint8)
+    side = math.isqrt(len(flat) // (3 * num_tiles))
+    pixels = flat.reshape(num_tiles, side, side, 3)
+    return Tiles(pixels=pixels, rows=block["grid_rows"][index].as_py(), cols=block["grid_cols"][index].as_py())
+
+
+def answered_table(block: pa.Table, answers: list[list[Answer | RowError]], tasks: tuple[Task, ...]) -> pa.Table:
+    """Return the output rows: a prepare error stands, else the first task's refusal, else `ok`."""
+    errors = [_row_error(block["error"][index].as_py(), row) for index, row in enumerate(answers)]
+    schema = output_schema(tasks)
+    columns = {name: block[name] for name in schema.names if name in block.schema.names and name != "error"}
+    columns["status"] = pa.array(["ok" if error is None else "error" for error in errors])
+    columns["error"] = pa.array(errors, schema.field("error").type)
+    for position, task in enumerate(tasks):
+        values = [_answer_value(row[position]) if row else None for row in answers]
+        columns[task.name] = pa.array(values, schema.field(task.name).type)
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _row_error(prepared: dict[str, Any] | None, answers: list[Answer | RowError]) -> dict[str, Any] | None:
+    if prepared is not None:
+        return prepared
+    return error_value(next((answer for answer in answers if isinstance(answer, RowError)), None))
+
+
+def _answer_value(answer: Answer | RowError) -> dict[str, Any] | None:
+    return asdict(answer) if isinstance(answer, Answer) else None
+
+
+def _submitted(answerer: Answerer, tiles: Tiles, task: Task, seed: int) -> Pending | RowError:
+    try:
+        return answerer.submit(tiles, task, seed)
+    except RowRefused as refused:
+        return RowError(refused.code, "generate", str(refused))
+
+
+def _outcome(pending: Pending | RowError) -> Answer | RowError:
+    return pending if isinstance(pending, RowError) else pending()
+
+
+def _seed(job_seed: int, block: pa.Table, index: int, task: Task) -> int:
+    """A number of the row's own, so that sampled text does not depend on batches, workers or retries."""
+    key = f"{job_seed}/{block['shard_id'][index]}/{block['row'][index]}/{task.name}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")

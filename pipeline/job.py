@@ -1,0 +1,129 @@
+"""A job as the pipeline sees it: frozen values, already validated by whoever built them.
+
+The job file's reader (`jobs/spec.py`) uses these dataclasses as its field types, so there is one definition of each.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt, Interval
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the images are."""
+
+    uri: str
+    format: Literal["auto", "images", "webdataset", "parquet", "list"] = "auto"
+    glob: str | None = None
+    """Only objects whose path below `uri` matches, e.g. `**/*.jpg`."""
+    column: str | None = None
+    """The image column of a Parquet source, or the URI column of a list; found by name and type when left out."""
+    endpoint_url: str | None = None
+    """S3 endpoint, for stores other than AWS."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the rows go."""
+
+    uri: str
+    endpoint_url: str | None = None
+    rows_per_file: Annotated[int, Gt(0)] | None = None
+    """Rows a Parquet file holds, and so what a crash can cost; chosen from the number of inputs when left out."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The checkpoint: a directory, a hub id with a pinned revision, or `bundled`."""
+
+    id: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named prompt; its answers become the struct column `name`."""
+
+    name: str
+    prompt: str
+    max_new_tokens: Annotated[int, Interval(gt=0, le=16384)] = 128
+    temperature: Annotated[float, Interval(ge=0, le=5)] = 0.0
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images become tiles, and what is refused before decoding."""
+
+    longest_edge: Annotated[int, Interval(gt=0, le=4096)] | None = None
+    upscale: bool = True
+    splitting: bool | None = None
+    max_pixels: Annotated[int, Gt(0)] = 50_000_000
+    max_bytes: Annotated[int, Gt(0)] = 100_000_000
+    timeout_s: Annotated[float, Gt(0)] = 30.0
+    """Seconds one image may take to decode and split before its worker is killed."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The engine pool and the CPU pool that feeds it."""
+
+    mode: Literal["dedicated"] = "dedicated"
+    replicas: tuple[Annotated[int, Gt(0)], Annotated[int, Gt(0)]] = (1, 1)
+    gpus: Annotated[float, Interval(ge=0)] = 0.0
+    cpus: Annotated[float, Gt(0)] | None = None
+    """CPUs reserved per replica; left out: one beside a GPU, else the replicas share half of the cluster."""
+    threads: Annotated[int, Gt(0)] | None = None
+    """Compute threads of a replica without a GPU; all cores of its node, shared by the replicas, when left out."""
+    prepare_workers: tuple[Annotated[int, Gt(0)], Annotated[int, Gt(0)]] | None = None
+    """Smallest and largest number of prepare actors; sized from the cluster when left out."""
+    max_num_sequences: Annotated[int, Gt(0)] | None = None
+    """Sequences that decode together; the engine's default when left out."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides what is read, asked and written."""
+
+    name: str
+    source: Source
+    output: Output
+    model: Model
+    tasks: tuple[Task, ...]
+    image: ImageOptions = field(default_factory=ImageOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    limit: Annotated[int, Gt(0)] | None = None
+    seed: int = 0
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what must not change between a run and its resume, as flat `key: value` pairs.
+
+        Sizes of pools, files and batches are left out: they change how a job runs, never what it writes.
+        """
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "source": {
+                "uri": self.source.uri,
+                "format": self.source.format,
+                "glob": self.source.glob,
+                "column": self.source.column,
+            },
+            "model": asdict(self.model),
+            "tasks": {task.name: asdict(task) for task in self.tasks},
+            "image": {key: value for key, value in asdict(self.image).items() if key != "timeout_s"},
+            "limit": self.limit,
+            "seed": self.seed,
+        }
+        return dict(_flatten(content))
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in content.items():
+        pairs += _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return pairs

@@ -1,0 +1,153 @@
+"""One driver a destination. A lease is a numbered object; taking over means putting the next number, once.
+
+No store has to compare and swap: `_lease/000007.json` is put only if absent, its owner alone rewrites it as a
+heartbeat, and whoever finds a higher number than its own has lost.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from uuid import uuid4
+
+from pipeline.errors import LeaseHeld, LeaseLost
+from pipeline.storage import Location
+
+HEARTBEAT_S = 10.0
+EXPIRY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease, and when it last said so (seconds since 1970)."""
+
+    id: str
+    host: str
+    boot: str
+    pid: int
+    beat_at: float
+    released: bool = False
+
+    @property
+    def is_gone(self) -> bool:
+        """Released, silent for longer than EXPIRY_S, or a process of this very boot of this host that has ended."""
+        if self.released or time.time() - self.beat_at > EXPIRY_S:
+            return True
+        return (self.host, self.boot) == (socket.gethostname(), _boot_id()) and not _is_running(self.pid)
+
+
+class Lease:
+    """Context manager that holds `_lease/` of a destination. Raises LeaseHeld on entry if someone else does."""
+
+    def __init__(self, destination: Location) -> None:
+        self._directory = destination.child("_lease")
+        self._id = uuid4().hex
+        self._number = 0
+        self._stop = threading.Event()
+        self._lost = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+
+    def __enter__(self) -> "Lease":
+        last = latest(self._directory)
+        if last is not None:
+            holder = self._holder(last)
+            if not holder.is_gone:
+                raise LeaseHeld(_held_message(self._directory, holder))
+        self._number = (last or 0) + 1
+        if not self._object(self._number).put_if_absent(self._content()):
+            raise LeaseHeld(_held_message(self._directory, self._holder(self._number)))
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if not self._lost.is_set():
+            self._object(self._number).put(self._content(released=True))
+
+    @property
+    def fence(self) -> "Fence":
+        """What a worker needs to see whether this lease still holds."""
+        return Fence(self._directory, self._number)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the heartbeat has found another driver in charge."""
+        return self._lost.is_set()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            try:
+                self.fence.check()
+                self._object(self._number).put(self._content())
+            except LeaseLost:
+                self._lost.set()
+                return
+            except OSError:
+                continue  # storage is away for the moment: the next beat tries again, and EXPIRY_S allows for some
+
+    def _object(self, number: int) -> Location:
+        return self._directory.child(f"{number:06d}.json")
+
+    def _holder(self, number: int) -> Holder:
+        return Holder(**json.loads(self._object(number).read()))
+
+    def _content(self, released: bool = False) -> bytes:
+        holder = Holder(self._id, socket.gethostname(), _boot_id(), os.getpid(), time.time(), released)
+        return json.dumps(asdict(holder)).encode()
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Lets a worker refuse to commit for a driver that is no longer in charge."""
+
+    directory: Location
+    number: int
+
+    def check(self) -> None:
+        """Raise LeaseLost if a later lease exists."""
+        found = latest(self.directory)
+        if found is not None and found > self.number:
+            raise LeaseLost(
+                f"{self.directory.uri}: lease {found} was taken by another driver; this one holds {self.number}"
+            )
+
+
+def latest(directory: Location) -> int | None:
+    """Return the highest lease number, None if there is none."""
+    names = (info.uri.rpartition("/")[2] for info in directory.list())
+    return max(
+        (int(name.removesuffix(".json")) for name in names if name.endswith(".json") and not name.startswith(".")),
+        default=None,
+    )
+
+
+def _held_message(directory: Location, holder: Holder) -> str:
+    age = time.time() - holder.beat_at
+    return (
+        f"{directory.uri} is held by process {holder.pid} on {holder.host}, last heard of {age:.0f} s ago. "
+        f"Wait for it, stop it, or choose another output; if it is dead, try again in {max(EXPIRY_S - age, 0):.0f} s."
+    )
+
+
+def _boot_id() -> str:
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    # A killed driver whose parent has not reaped it is a zombie: it will not commit anything.
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"

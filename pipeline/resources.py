@@ -1,0 +1,84 @@
+"""How a job fits a cluster: sizes of pools and blocks, and a plain refusal if the smallest form of it does not fit."""
+
+import math
+from dataclasses import dataclass
+
+import pyarrow as pa
+import ray
+
+from pipeline.errors import ConfigError
+from pipeline.job import Job
+from pipeline.records import output_schema
+from smolvlm.config import ImageConfig
+
+READ_CPUS = 0.1
+WRITE_CPUS = 0.1
+_REPARTITION_CPUS = 1.0  # Ray's own figure for cutting blocks to size; it does not let one choose
+_PASSING_CPUS = READ_CPUS + WRITE_CPUS + _REPARTITION_CPUS
+_BLOCK_BYTES = 48 << 20
+_MAX_ROWS_PER_BLOCK = 256
+_SEQUENCES_IN_FLIGHT = 64
+_MAX_BLOCKS_PER_ENGINE = 16
+
+
+@dataclass(frozen=True)
+class Resources:
+    """The sizes that `execute` uses."""
+
+    image_config: ImageConfig
+    output_schema: pa.Schema
+    rows_per_block: int
+    num_read_tasks: int
+    prepare_workers: tuple[int, int]
+    prepare_cpus: float
+    engine_cpus: float
+    blocks_per_engine: int
+
+
+def plan_resources(job: Job, image_config: ImageConfig) -> Resources:
+    """Return the sizes for the running cluster. Raises ConfigError naming what is asked and what is there."""
+    available: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
+    engine_cpus = job.engine.cpus or (
+        1.0 if job.engine.gpus else max(0.5, (cpus - _PASSING_CPUS) / 2 / job.engine.replicas[0])
+    )
+    prepare_cpus = 1.0 if cpus >= 4 else 0.25
+    spare = cpus - _PASSING_CPUS - engine_cpus * job.engine.replicas[0]
+    most = max(1, int(spare / prepare_cpus))
+    prepare_workers = job.engine.prepare_workers or (1, most)
+    _check_fits(job, engine_cpus, prepare_workers[0] * prepare_cpus, cpus, gpus)
+    rows_per_block = _rows_per_block(job, image_config)
+    return Resources(
+        image_config=image_config,
+        output_schema=output_schema(job.tasks),
+        rows_per_block=rows_per_block,
+        num_read_tasks=max(1, int(cpus)),
+        prepare_workers=prepare_workers,
+        prepare_cpus=prepare_cpus,
+        engine_cpus=engine_cpus,
+        blocks_per_engine=min(max(2, -(-_SEQUENCES_IN_FLIGHT // rows_per_block)), _MAX_BLOCKS_PER_ENGINE),
+    )
+
+
+def _check_fits(job: Job, engine_cpus: float, prepare_cpus: float, cpus: float, gpus: float) -> None:
+    replicas = job.engine.replicas[0]
+    needed = replicas * engine_cpus + prepare_cpus + _PASSING_CPUS
+    if job.engine.gpus * replicas > gpus:
+        raise ConfigError(
+            f"engine.gpus = {job.engine.gpus:g} for {replicas} replicas, but the cluster has {gpus:g} GPUs. "
+            "Lower engine.replicas, set engine.gpus to 0, or add nodes."
+        )
+    if needed > cpus + 1e-6:
+        raise ConfigError(
+            f"the smallest form of this job needs {needed:g} CPUs ({replicas} engine replicas of {engine_cpus:g}, "
+            f"prepare {prepare_cpus:g}, read and write {_PASSING_CPUS:g}), but the cluster has {cpus:g}. "
+            "Lower engine.replicas or engine.cpus, or add nodes."
+        )
+
+
+def _rows_per_block(job: Job, config: ImageConfig) -> int:
+    """As many rows as keep a block of the largest possible images near _BLOCK_BYTES."""
+    splitting = config.do_image_splitting if job.image.splitting is None else job.image.splitting
+    side = math.ceil((job.image.longest_edge or config.longest_edge) / config.tile_size) if splitting else 1
+    tiles = side * side + 1 if side > 1 else 1
+    return max(1, min(_MAX_ROWS_PER_BLOCK, _BLOCK_BYTES // (tiles * 3 * config.tile_size**2)))

@@ -1,0 +1,169 @@
+"""A job from its first listing to `_SUCCESS.json`: the whole story is `run`."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import ray
+
+from pipeline import ranges
+from pipeline.claim import check_claim, claim, file_metadata
+from pipeline.commit import Commit, committed_rows, read_commits
+from pipeline.control import Control
+from pipeline.errors import ConfigError, LeaseLost, PipelineError
+from pipeline.execute import execute
+from pipeline.finish import errors_by_code, resolve_overlaps, write_success
+from pipeline.generate import AnswererFactory, SmolVLMAnswerer
+from pipeline.job import Job
+from pipeline.lease import Lease
+from pipeline.manifest import Manifest, load_manifest, write_manifest
+from pipeline.progress import Progress, ProgressReporter
+from pipeline.resources import plan_resources
+from pipeline.sink import CommitSink
+from pipeline.source import Expand, InputBatch, manifest_tables
+from pipeline.storage import Location
+from smolvlm.config import ImageConfig
+from smolvlm.hub import resolve_checkpoint
+
+_INDEX_TASKS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did. Rows and errors are those of the destination, earlier runs included."""
+
+    inputs: int
+    rows: int
+    ok: int
+    error: int
+    errors_by_code: dict[str, int]
+    resumed_rows: int
+    output_tokens: int
+    compressed_bytes: int
+    tile_bytes: int
+    elapsed_s: float
+    images_per_s: float
+    interrupted: bool
+    output_uri: str
+
+
+def run(
+    job: Job,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    drain: threading.Event | None = None,
+    answerer_factory: AnswererFactory = SmolVLMAnswerer,
+) -> Summary:
+    """Bring the destination to one row for every input of the source, and say what it took.
+
+    Ray must be running. Setting `drain` lets what is in flight finish and leaves the rest to a resume.
+    Raises ConfigError before any actor starts if the job cannot run as written, LeaseHeld if another driver is at it,
+    PipelineError if it fails midway; what was committed stays, and the next run goes on from there.
+    """
+    started = time.monotonic()
+    destination = Location(job.output.uri, job.output.endpoint_url)
+    check_destination(job)
+    resources = plan_resources(job, ImageConfig.from_pretrained(resolve_checkpoint(job.model.id, job.model.revision)))
+    check_claim(destination, job)
+    with Lease(destination) as lease:
+        claim(destination, job)
+        manifest = load_manifest(destination) or _write_manifest(destination, job)
+        commits = resolve_overlaps(destination, read_commits(destination, manifest.rows_per_shard), manifest)
+        done = committed_rows(commits)
+        pending = ranges.complement(done, manifest.rows)
+        control = Control.create()
+        sink = CommitSink(
+            destination=destination,
+            schema=resources.output_schema,
+            rows_per_shard=manifest.rows_per_shard,
+            rows_per_file=job.output.rows_per_file or _rows_per_file(manifest.rows),
+            metadata=file_metadata(job),
+            fence=lease.fence,
+            control=control,
+        )
+        with ProgressReporter(control, manifest.rows, ranges.count(done), on_progress, drain):
+            if len(pending):
+                execute(job, destination, manifest, pending, resources, sink, answerer_factory, control)
+        if lease.lost:
+            raise LeaseLost(f"{destination.uri}: another driver took over; see its output")
+        return _finish(destination, manifest, control, ranges.count(done), time.monotonic() - started)
+
+
+def check_destination(job: Job) -> None:
+    """Raise ConfigError if the rows would land among the inputs."""
+    source = Location(job.source.uri, job.source.endpoint_url)
+    output = Location(job.output.uri, job.output.endpoint_url)
+    if source.protocol == output.protocol and f"{output.path}/".startswith(f"{source.path}/"):
+        raise ConfigError(
+            f"output.uri {output.uri} lies inside source.uri {source.uri}: its files would be "
+            "read as inputs. Choose another place."
+        )
+
+
+def _write_manifest(destination: Location, job: Job) -> Manifest:
+    manifest = write_manifest(destination, manifest_tables(job.source, _expand_on_cluster), job.limit)
+    if not manifest.rows:
+        destination.child("_manifest").child("_complete.json").delete()
+        destination.child("_job.json").delete()
+        raise ConfigError(
+            f"source.uri {job.source.uri}: no image, tar or Parquet file found"
+            + (f" that matches {job.source.glob!r}" if job.source.glob else "")
+            + ". Check the address, source.format and source.glob."
+        )
+    return manifest
+
+
+def _expand_on_cluster(expand: Expand, batches: Iterable[InputBatch]) -> Iterator[list[pa.Table]]:
+    """Index archives with Ray tasks, a bounded number at a time, in order; plain objects need no task."""
+    remote_expand = ray.remote(num_cpus=0.5, max_retries=3)(expand)
+    waiting: list[ray.ObjectRef[list[pa.Table]] | list[pa.Table]] = []
+    for batch in batches:
+        waiting.append(expand(batch) if batch.kind == "object" else remote_expand.remote(batch))
+        if len(waiting) >= _INDEX_TASKS_AT_ONCE:
+            yield _resolved(waiting.pop(0))
+    yield from map(_resolved, waiting)
+
+
+def _resolved(tables: "ray.ObjectRef[list[pa.Table]] | list[pa.Table]") -> list[pa.Table]:
+    return tables if isinstance(tables, list) else ray.get(tables)
+
+
+def _rows_per_file(rows: int) -> int:
+    """Small jobs commit often, large ones write files that a reader likes."""
+    return min(max(rows // 256, 32), 4096)
+
+
+def _finish(
+    destination: Location, manifest: Manifest, control: Control, resumed_rows: int, elapsed_s: float
+) -> Summary:
+    commits = resolve_overlaps(destination, read_commits(destination, manifest.rows_per_shard), manifest)
+    rows = ranges.count(committed_rows(commits))
+    counts = control.counts()
+    interrupted = control.is_draining() and rows < manifest.rows
+    if rows < manifest.rows and not interrupted:
+        raise PipelineError(
+            f"{destination.uri}: {manifest.rows - rows} of {manifest.rows} rows are missing. Run it again."
+        )
+    totals = (
+        counts if interrupted else write_success(destination, commits, manifest, {"elapsed_s": round(elapsed_s, 3)})
+    )
+    return Summary(
+        inputs=manifest.rows,
+        rows=rows,
+        ok=totals["ok"],
+        error=totals["error"],
+        errors_by_code=errors_by_code(totals),
+        resumed_rows=resumed_rows,
+        output_tokens=counts["tokens"],
+        compressed_bytes=counts["compressed_bytes"],
+        tile_bytes=counts["tile_bytes"],
+        elapsed_s=elapsed_s,
+        images_per_s=(rows - resumed_rows) / elapsed_s,
+        interrupted=interrupted,
+        output_uri=destination.uri,
+    )
+
+
+__all__ = ["Commit", "Progress", "Summary", "check_destination", "run"]

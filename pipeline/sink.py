@@ -1,0 +1,51 @@
+"""Ray Data's last stage: rows → one Parquet file a write task, which is the commit."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+from ray.data import Datasink
+from ray.data._internal.execution.interfaces import TaskContext
+from ray.data.block import Block, BlockAccessor
+
+from pipeline.commit import write_commit
+from pipeline.control import Control
+from pipeline.lease import Fence
+from pipeline.storage import Location
+
+
+@dataclass(frozen=True)
+class CommitSink(Datasink[None]):
+    """Writes rows of `schema` below `destination`. Running twice with the same rows is harmless."""
+
+    destination: Location
+    schema: pa.Schema
+    rows_per_shard: int
+    rows_per_file: int
+    metadata: Mapping[str, str]
+    fence: Fence
+    control: Control
+
+    def write(self, blocks: Iterable[Block], ctx: TaskContext) -> None:
+        """Commit all rows of `blocks` as one file, unless another driver has taken over."""
+        tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
+        tables = [table.select(self.schema.names).cast(self.schema) for table in tables if table.num_rows]
+        if not tables:
+            return
+        table = pa.concat_tables(tables)
+        self.fence.check()
+        write_commit(self.destination, table, self.rows_per_shard, self.metadata)
+        self.control.add(**committed_counts(table))
+
+    @property
+    def min_rows_per_write(self) -> int:
+        """Rows that Ray Data gathers before it calls `write`."""
+        return self.rows_per_file
+
+
+def committed_counts(table: pa.Table) -> Counter[str]:
+    """Count rows by `ok` and `error`, and errors by `error.<code>`."""
+    statuses = table["status"].to_pylist()
+    codes = [error["code"] for error in table["error"].to_pylist() if error is not None]
+    return Counter(statuses) + Counter(f"error.{code}" for code in codes)

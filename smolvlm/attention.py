@@ -1,0 +1,141 @@
+"""The paged key/value cache and the two ways to attend to it: packed prefill and batched decode.
+
+Both ways offer `positions` and `attend`, which is all the text decoder knows of them; other backends (a fused kernel, a
+graph-captured decode) take their place behind the same two names.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from smolvlm.config import TextConfig
+
+
+class Attention(Protocol):
+    """How one forward pass of the text decoder reads and writes keys and values."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of each of the T packed tokens, int64 [T]."""
+
+    def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        """Queries [T, heads, D] and the new keys and values [T, 2, kv_heads, D] of a layer → attended [T, heads, D]."""
+
+
+class KVCache:
+    """Keys and values of all layers in fixed-size blocks; block 0..num_blocks-1 of `block_size` tokens each.
+
+    Layout [layers, blocks, block_size, 2, kv_heads, D]: the keys and values of a token lie together, so one scatter
+    writes them and one gather reads them.
+    """
+
+    def __init__(
+        self, config: TextConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.block_size = block_size
+        self.token_shape = (2, config.num_kv_heads, config.head_dim)
+        self.storage = _lazy_zeros((config.num_layers, num_blocks, block_size, *self.token_shape), device, dtype)
+        self._gathered = torch.empty(0, device=device, dtype=dtype)
+
+    @staticmethod
+    def block_bytes(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one block over all layers."""
+        return config.num_layers * block_size * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+    def write(self, layer: int, slots: Tensor, kv: Tensor) -> None:
+        """Store kv [T, 2, kv_heads, D] at slots [T] (slot = block * block_size + offset)."""
+        self.storage[layer].flatten(0, 1).index_copy_(0, slots, kv)
+
+    def gather(self, layer: int, block_table: Tensor) -> Tensor:
+        """Blocks [B, N] of a layer, side by side: [B, N * block_size, 2, kv_heads, D].
+
+        The result is one buffer, overwritten by the next call: a fresh one of this size would cost more in page faults
+        than the copy itself.
+        """
+        batch, num_blocks = block_table.shape
+        blocks = self.storage[layer].flatten(1)  # [blocks, block_size * 2 * kv_heads * D]
+        size = batch * num_blocks * blocks.shape[1]
+        if self._gathered.numel() < size:
+            self._gathered = torch.empty(size, device=blocks.device, dtype=blocks.dtype)
+        buffer = self._gathered[:size].view(batch * num_blocks, blocks.shape[1])
+        torch.index_select(blocks, 0, block_table.flatten(), out=buffer)
+        return buffer.view(batch, num_blocks * self.block_size, *self.token_shape)
+
+
+@dataclass(frozen=True)
+class PackedPrefill:
+    """Whole prompts one after the other, without padding; each attends causally to itself.
+
+    cache None computes without storing (training, full recomputation); slots is then unused.
+    """
+
+    lengths: tuple[int, ...]
+    positions: Tensor  # int64 [T], T = sum(lengths)
+    slots: Tensor  # int64 [T]
+    cache: KVCache | None
+
+    def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        if self.cache is not None:
+            self.cache.write(layer, self.slots, kv)
+        k, v = kv.unbind(1)
+        parts = zip(*(tensor.split(self.lengths) for tensor in (q, k, v)), strict=True)
+        return torch.cat([causal_attention(*part) for part in parts])
+
+
+@dataclass(frozen=True)
+class PagedDecode:
+    """One new token for each of B sequences, attending to the pages of its own sequence."""
+
+    positions: Tensor  # int64 [B]
+    slots: Tensor  # int64 [B]
+    block_table: Tensor  # int64 [B, N], padded with any valid block
+    visible: Tensor  # bool [B, 1, 1, N * block_size]: key position <= query position
+    cache: KVCache
+
+    def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        self.cache.write(layer, self.slots, kv)
+        k, v = self.cache.gather(layer, self.block_table).unbind(2)  # [B, L, kv_heads, D] each
+        return grouped_attention(q, k, v, self.visible)
+
+
+def packed_prefill(lengths: tuple[int, ...], device: torch.device) -> PackedPrefill:
+    """A prefill that stores nothing, for training and full recomputation."""
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+    return PackedPrefill(lengths, positions, positions, None)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [T, heads, D], k and v [T, kv_heads, D] of one sequence → [T, heads, D], query t attending to keys 0..t."""
+    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))  # [1, heads, T, D]
+    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return attended.squeeze(0).transpose(0, 1)
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """One query per sequence: q [B, heads, D], k and v [B, L, kv_heads, D], visible [B, 1, 1, L] → [B, heads, D].
+
+    The query heads that share a key head take the place of the query positions, so that each key is read once for the
+    whole group instead of being repeated.
+    """
+    batch, num_heads, head_dim = q.shape
+    grouped = q.view(batch, k.shape[2], num_heads // k.shape[2], head_dim)  # [B, kv_heads, group, D]
+    attended = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible)
+    return attended.reshape(batch, num_heads, head_dim)
+
+
+def _lazy_zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages the CPU touches on first use only: a cache costs the memory that is used, not the most it may.
+
+    They must be zeros: masked positions are multiplied by 0, and 0 * NaN would be NaN.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)  # calloc
+    return torch.from_numpy(raw).view(dtype).view(shape)

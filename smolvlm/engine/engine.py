@@ -1,0 +1,215 @@
+"""The engine: add requests, step until they are done."""
+
+from __future__ import annotations
+
+from collections import abc
+from typing import TYPE_CHECKING
+
+import torch
+
+from smolvlm.attention import KVCache
+from smolvlm.config import ModelConfig
+from smolvlm.engine.block_manager import BlockManager
+from smolvlm.engine.runner import Chosen, Runner
+from smolvlm.engine.scheduler import Decode, Encode, Limits, Prefill, Scheduler
+from smolvlm.engine.sequence import Completion, Sequence
+from smolvlm.hub import resolve_checkpoint
+from smolvlm.model import SmolVLM
+from smolvlm.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from smolvlm.processor import ModelInput
+
+GIB = 2**30
+BLOCK_SIZE = 16
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class PromptTooLong(ValueError):
+    """A prompt that leaves no room for an answer, in the model's context or in the key/value cache."""
+
+
+class Engine:
+    """Generates answers for many inputs at once, on one device. Not thread-safe: EngineLoop gives it a thread.
+
+    New sequences join between steps and finished ones leave. What an input holds (tiles, image features, cache pages)
+    is given back as soon as it is used up.
+    """
+
+    def __init__(self, model: SmolVLM, cache: KVCache, num_blocks: int, limits: Limits, device: torch.device) -> None:
+        self.config: ModelConfig = model.config
+        self.max_tokens = min(model.config.text.max_positions, num_blocks * cache.block_size)
+        self.runner = Runner(model, cache, device)
+        self.scheduler = Scheduler(limits, BlockManager(num_blocks, cache.block_size))
+        self._eos_token_ids = frozenset(model.config.eos_token_ids)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str = "cpu",
+        dtype: str = "float32",
+        revision: str | None = None,
+        *,
+        max_num_sequences: int | None = None,
+        max_num_tokens: int | None = None,
+        tile_batch: int | None = None,
+        kv_cache_bytes: int | None = None,
+    ) -> Engine:
+        """Load a checkpoint directory or a pinned hub revision.
+
+        Args:
+            path: directory, or hub id together with `revision`.
+            device: "cpu", "cuda" or "cuda:N". Threads on a CPU are the caller's choice (torch.set_num_threads).
+            dtype: "float32", "bfloat16" or "float16".
+            max_num_sequences: answers generated together; default 16 on a CPU, 256 elsewhere.
+            max_num_tokens: prompt tokens per prefill; default 2,048 on a CPU, 16,384 elsewhere.
+            tile_batch: tiles per encoder batch; default 1 on a CPU, 32 elsewhere.
+            kv_cache_bytes: memory for keys and values; default 1 GiB on a CPU, else most of what is free after loading.
+
+        Raises:
+            ValueError: an argument is out of range, or the checkpoint is not one that this model can load.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        place = torch.device(device)
+        on_cpu = place.type == "cpu"
+        limits = Limits(
+            max_num_sequences=_or(max_num_sequences, 16 if on_cpu else 256),
+            max_num_tokens=_or(max_num_tokens, 2048 if on_cpu else 16384),
+            tile_batch=_or(tile_batch, 1 if on_cpu else 32),
+        )
+        model = SmolVLM.from_pretrained(resolve_checkpoint(str(path), revision), place, DTYPES[dtype])
+        budget = _or(kv_cache_bytes, GIB if on_cpu else _free_bytes(place))
+        num_blocks = _num_blocks(model.config, budget, limits, DTYPES[dtype])
+        cache = KVCache(model.config.text, num_blocks, BLOCK_SIZE, place, DTYPES[dtype])
+        return cls(model, cache, num_blocks, limits, place)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    def prepare(self, model_input: ModelInput, params: SamplingParams, priority: int = 0) -> Sequence:
+        """Check an input and make a sequence of it, without queueing it. Safe to call from any thread.
+
+        `max_new_tokens` is lowered to what the context and the cache leave beside the prompt.
+
+        Raises:
+            PromptTooLong: the prompt leaves no room for an answer.
+            ValueError: no tokens, unknown tokens, or image tokens that do not match the tiles.
+        """
+        prompt = model_input.prompt_token_ids
+        _check_prompt(prompt, self.config.text.vocab_size)
+        _check_tiles(model_input, self.config)
+        room = self.max_tokens - len(prompt)
+        if room < 1:
+            raise PromptTooLong(
+                f"prompt has {len(prompt)} tokens; context and cache leave room for {self.max_tokens - 1}: use fewer "
+                "or smaller images (longest_edge, image_splitting=False), a shorter text, or a larger kv_cache_bytes"
+            )
+        tiles = list(model_input.tiles)
+        return Sequence(list(prompt), tiles, params, priority, max_new_tokens=min(params.max_new_tokens, room))
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """Queue a prepared sequence."""
+        self.scheduler.add(sequence)
+
+    def add(self, model_input: ModelInput, params: SamplingParams, priority: int = 0) -> Sequence:
+        """Queue an input; sequences of higher priority are admitted first. Raises as `prepare` does."""
+        sequence = self.prepare(model_input, params, priority)
+        self.enqueue(sequence)
+        return sequence
+
+    def step(self) -> list[Sequence]:
+        """Do the next piece of work and return the sequences that it finished."""
+        match self.scheduler.schedule():
+            case Encode(spans):
+                self.runner.encode(spans)
+            case Prefill(sequences):
+                chosen = self.runner.prefill(sequences)
+                self.scheduler.start(sequences)
+                return self._finish(sequences, chosen)
+            case Decode(sequences):
+                return self._finish(sequences, self.runner.decode(sequences))
+        return []
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a sequence now (finish_reason "aborted") and free what it holds; one that is finished stays as it is."""
+        self.scheduler.abort(sequence)
+
+    def generate(
+        self, inputs: abc.Sequence[ModelInput], params: SamplingParams | abc.Sequence[SamplingParams]
+    ) -> list[Completion]:
+        """Answer all inputs; completions come in the order of the inputs. One `params` for all, or one each.
+
+        Raises as `prepare` does, before any work is done, naming the input.
+        """
+        each = [params] * len(inputs) if isinstance(params, SamplingParams) else params
+        if len(each) != len(inputs):
+            raise ValueError(f"{len(each)} SamplingParams for {len(inputs)} inputs; give one, or one for each input")
+        sequences = [self.prepare(*pair) for pair in zip(inputs, each, strict=True)]
+        for sequence in sequences:
+            self.enqueue(sequence)
+        try:
+            while any(sequence.finish_reason is None for sequence in sequences):
+                self.step()
+        finally:
+            for sequence in sequences:
+                self.abort(sequence)
+        return [sequence.completion() for sequence in sequences]
+
+    def _finish(self, sequences: list[Sequence], chosen: Chosen) -> list[Sequence]:
+        for sequence, (token_id, logprob) in zip(sequences, chosen, strict=True):
+            sequence.append(token_id, logprob, self._eos_token_ids)
+        finished = [sequence for sequence in sequences if sequence.finish_reason is not None]
+        if finished:
+            self.scheduler.finish(finished)
+        return finished
+
+
+def _check_prompt(prompt: list[int], vocab_size: int) -> None:
+    if not prompt:
+        raise ValueError("prompt_token_ids is empty; a prompt has at least one token")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        bad = next(token for token in prompt if not 0 <= token < vocab_size)
+        raise ValueError(
+            f"prompt token id {bad} lies outside the vocabulary of {vocab_size}: is the tokenizer the model's?"
+        )
+
+
+def _check_tiles(model_input: ModelInput, config: ModelConfig) -> None:
+    size = config.vision.image_size
+    for tiles in model_input.tiles:
+        if tiles.pixels.shape[1:] != (size, size, config.vision.num_channels) or tiles.pixels.dtype != "uint8":
+            raise ValueError(
+                f"tiles are {tiles.pixels.dtype} {list(tiles.pixels.shape)}; this model takes uint8 "
+                f"[N, {size}, {size}, 3]: prepare them with the checkpoint's own processor"
+            )
+    given = sum(len(tiles.pixels) for tiles in model_input.tiles) * config.image_seq_len
+    asked = model_input.prompt_token_ids.count(config.image_token_id)
+    if given != asked:
+        raise ValueError(
+            f"prompt has {asked} image tokens, its tiles make {given}; both must come from one processor call"
+        )
+
+
+def _num_blocks(config: ModelConfig, budget: int, limits: Limits, dtype: torch.dtype) -> int:
+    """Blocks that the budget holds, but no more than all sequences at full context could ever fill."""
+    block_bytes = KVCache.block_bytes(config.text, BLOCK_SIZE, dtype)
+    if budget < block_bytes:
+        raise ValueError(
+            f"kv_cache_bytes is {budget}; one block of {BLOCK_SIZE} tokens takes {block_bytes}: give it more"
+        )
+    return min(budget // block_bytes, limits.max_num_sequences * -(-config.text.max_positions // BLOCK_SIZE))
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What the key/value cache may take of a GPU: 85 % of what is free, less 2 GiB for activations."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(0, int(0.85 * free) - 2 * GIB)
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value

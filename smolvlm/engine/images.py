@@ -1,0 +1,90 @@
+"""Images on their way through the vision encoder, shared by all sequences that ask about the same one."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from smolvlm.image import Tiles
+
+
+class EncodedImage:
+    """The tiles of one image before encoding, its features [N, image_seq_len, H] after; each dropped when used up."""
+
+    def __init__(self, tiles: Tiles) -> None:
+        self.key = id(tiles)
+        self.source = weakref.ref(tiles)
+        self.pixels: npt.NDArray[np.uint8] | None = tiles.pixels
+        self.num_tiles = len(tiles.pixels)
+        self.num_scheduled = 0
+        self.num_encoded = 0
+        self.features: Tensor | None = None
+        self.users = 0
+
+    @property
+    def is_encoded(self) -> bool:
+        return self.num_encoded == self.num_tiles
+
+    @property
+    def embeddings(self) -> Tensor:
+        """Image token embeddings of all tiles, in their order: [N * image_seq_len, H]."""
+        assert self.features is not None, "features are dropped only after their last user was prefilled"
+        return self.features.flatten(0, 1)
+
+    def store(self, start: int, features: Tensor) -> None:
+        """Take the features [n, image_seq_len, H] of tiles start..start+n-1; after the last one the pixels go."""
+        if self.features is None:
+            self.features = features.new_empty((self.num_tiles, *features.shape[1:]))
+        self.features[start : start + len(features)] = features
+        self.num_encoded += len(features)
+        if self.is_encoded:
+            self.pixels = None
+
+
+@dataclass(frozen=True)
+class TileSpan:
+    """Tiles start..stop-1 of an image: the part of it that goes into one encoder batch."""
+
+    image: EncodedImage
+    start: int
+    stop: int
+
+    @property
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        assert self.image.pixels is not None, "tiles are dropped only after all of them are encoded"
+        return self.image.pixels[self.start : self.stop]
+
+
+class ImageStore:
+    """Gives the same EncodedImage for the same Tiles object while any sequence still needs it.
+
+    Entries are found by the identity of the Tiles object, which a weak reference guards: the object may be gone, and
+    another one at its address, while its features are still in use.
+    """
+
+    def __init__(self) -> None:
+        self._images: dict[int, EncodedImage] = {}
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def acquire(self, tiles: Tiles) -> EncodedImage:
+        """The shared image of these tiles; every acquire is answered by one release."""
+        image = self._images.get(id(tiles))
+        if image is None or image.source() is not tiles:
+            image = self._images[id(tiles)] = EncodedImage(tiles)
+        image.users += 1
+        return image
+
+    def release(self, image: EncodedImage) -> None:
+        """One user needs the image no more; the last one drops its tiles and features."""
+        assert image.users > 0, "image released more often than acquired"
+        image.users -= 1
+        if image.users == 0:
+            image.pixels = image.features = None
+            if self._images.get(image.key) is image:
+                del self._images[image.key]

@@ -1,0 +1,123 @@
+"""Executes what the scheduler decided: turns sequences into tensors, runs the model, and gives back tokens.
+
+Everything between two tokens stays on the device; the host waits once per step, for the chosen tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smolvlm.attention import KVCache, PackedPrefill, PagedDecode
+from smolvlm.engine.images import TileSpan
+from smolvlm.engine.sequence import Sequence
+from smolvlm.model import SmolVLM
+from smolvlm.sampling import SamplingTensors, choose_tokens
+
+Chosen = list[tuple[int, float]]  # token id and its log-probability, one per sequence
+
+
+@dataclass
+class DecodeBatch:
+    """What decoding the same sequences again needs; it moves on by one token a step and is rebuilt when they change."""
+
+    ids: list[int]
+    tokens: Tensor  # int64 [B], the last token of each sequence, whose keys and values are not yet stored
+    positions: Tensor  # int64 [B], where these tokens stand
+    block_table: Tensor  # int64 [B, N]
+    sampling: SamplingTensors | None
+
+    def attention(self, cache: KVCache, num_tokens: int) -> PagedDecode:
+        """Write and read positions for a step in which the longest sequence has `num_tokens` tokens."""
+        size = cache.block_size
+        table = self.block_table[:, : -(-num_tokens // size)]
+        block = table.gather(1, (self.positions // size).unsqueeze(1)).squeeze(1)
+        keys = torch.arange(table.shape[1] * size, device=table.device)
+        visible = keys <= self.positions.unsqueeze(1)  # [B, L]
+        return PagedDecode(self.positions, block * size + self.positions % size, table, visible[:, None, None], cache)
+
+
+class Runner:
+    """Owns the model and its cache; knows nothing of queues."""
+
+    def __init__(self, model: SmolVLM, cache: KVCache, device: torch.device) -> None:
+        self.model = model
+        self.cache = cache
+        self.device = device
+        self._batch: DecodeBatch | None = None
+
+    @torch.inference_mode()
+    def encode(self, spans: list[TileSpan]) -> None:
+        """Encode the tiles of these spans in one batch and hand each image its part."""
+        pixels = torch.from_numpy(np.concatenate([span.pixels for span in spans]))
+        features = self.model.encode_tiles(self._to_device(pixels))  # [n, image_seq_len, H]
+        for span, part in zip(spans, features.split([span.stop - span.start for span in spans]), strict=True):
+            span.image.store(span.start, part)
+
+    @torch.inference_mode()
+    def prefill(self, sequences: list[Sequence]) -> Chosen:
+        """Run the whole prompts, packed, and choose the first token of each."""
+        prompts = [np.asarray(sequence.prompt_token_ids) for sequence in sequences]
+        lengths = tuple(len(prompt) for prompt in prompts)
+        embeddings = self._embed(np.concatenate(prompts), sequences)
+        positions = self._to_device(torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])))
+        slots = self._to_device(torch.from_numpy(np.concatenate([self._slots(sequence) for sequence in sequences])))
+        last = self._to_device(torch.tensor(lengths).cumsum(0) - 1)
+        logits = self.model(embeddings, PackedPrefill(lengths, positions, slots, self.cache), last)
+        return self._choose(logits, sequences, self._sampling(sequences))[1]
+
+    @torch.inference_mode()
+    def decode(self, sequences: list[Sequence]) -> Chosen:
+        """Choose the next token of each sequence."""
+        batch = self._batch
+        if batch is None or batch.ids != [sequence.id for sequence in sequences]:
+            batch = self._batch = self._decode_batch(sequences)
+        attention = batch.attention(self.cache, max(sequence.num_tokens for sequence in sequences))
+        logits = self.model(self.model.embed(batch.tokens), attention)
+        batch.tokens, chosen = self._choose(logits, sequences, batch.sampling)
+        batch.positions = batch.positions + 1
+        return chosen
+
+    def _embed(self, token_ids: np.ndarray, sequences: list[Sequence]) -> Tensor:
+        images = [image for sequence in sequences for image in sequence.images]
+        ids = self._to_device(torch.from_numpy(token_ids))
+        if not images:
+            return self.model.embed(ids)
+        positions = torch.from_numpy(np.flatnonzero(token_ids == self.model.config.image_token_id))
+        return self.model.embed(ids, (self._to_device(positions), torch.cat([image.embeddings for image in images])))
+
+    def _slots(self, sequence: Sequence) -> np.ndarray:
+        """Cache slots of a prompt: int64 [prompt length]."""
+        size = self.cache.block_size
+        blocks = np.asarray(sequence.block_table)
+        return (blocks[:, None] * size + np.arange(size)).ravel()[: len(sequence.prompt_token_ids)]
+
+    def _decode_batch(self, sequences: list[Sequence]) -> DecodeBatch:
+        rows = max(len(sequence.block_table) for sequence in sequences)
+        table = [sequence.block_table + [0] * (rows - len(sequence.block_table)) for sequence in sequences]
+        return DecodeBatch(
+            ids=[sequence.id for sequence in sequences],
+            tokens=self._to_device(torch.tensor([sequence.token_ids[-1] for sequence in sequences])),
+            positions=self._to_device(torch.tensor([sequence.num_tokens - 1 for sequence in sequences])),
+            block_table=self._to_device(torch.tensor(table)),
+            sampling=self._sampling(sequences),
+        )
+
+    def _sampling(self, sequences: list[Sequence]) -> SamplingTensors | None:
+        return SamplingTensors.of([sequence.params for sequence in sequences], self.device)
+
+    def _choose(
+        self, logits: Tensor, sequences: list[Sequence], sampling: SamplingTensors | None
+    ) -> tuple[Tensor, Chosen]:
+        uniform = None
+        if sampling is not None:
+            uniform = self._to_device(torch.tensor([[sequence.random.random()] for sequence in sequences]))
+        tokens, logprobs = choose_tokens(logits, sampling, uniform)
+        both = torch.stack([tokens.float(), logprobs]).tolist()  # one wait; float32 holds every token id exactly
+        return tokens, [(int(token), logprob) for token, logprob in zip(*both, strict=True)]
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)

@@ -1,0 +1,331 @@
+"""From the bytes of an image file to the uint8 tiles that the vision encoder eats.
+
+    decode_image: bytes → RGB   limits from the header, EXIF orientation, first frame only
+    split_image:  RGB → Tiles   resize and split, byte-equal to transformers' `Idefics3ImageProcessorPil`
+
+Needs numpy and pillow only: decoder processes import this module and must start fast.
+
+Two rules, since libraries differ: an EXIF orientation is applied to files and never to PIL objects; transparency is
+composited on white.
+"""
+
+import io
+import math
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageChops
+
+from smolvlm.config import ImageConfig
+from smolvlm.formats import ALLOWED, is_truncated, sniff
+
+Code = Literal[
+    "empty", "not_an_image", "unsupported_format", "truncated", "too_many_pixels", "too_many_bytes", "decode_failed"
+]
+UInt8 = npt.NDArray[np.uint8]
+
+MAX_EDGE = 4096  # transformers caps the first resize here (MAX_IMAGE_SIZE of image_processing_idefics3)
+ORIENTATION = 0x0112
+FLOAT32_MAX, FLOAT32_TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """An image that cannot be used. `code` is one of `Code` and stable; the message is for people."""
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code: Code = code
+
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[Code, str]]:
+        return type(self), (self.code, str(self))
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What `decode_image` refuses before it decodes: pixels as the header states them, bytes of the file."""
+
+    max_pixels: int = 50_000_000
+    max_bytes: int = 100_000_000
+
+
+@dataclass(frozen=True)
+class ImagePolicy:
+    """Deviations from the checkpoint's own rule.
+
+    `longest_edge` (pixels) replaces the checkpoint's; `upscale=False` never enlarges the longest edge, so that a small
+    image makes few tiles; `image_splitting` None is the checkpoint's own choice.
+    """
+
+    longest_edge: int | None = None
+    upscale: bool = True
+    image_splitting: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.longest_edge is not None and self.longest_edge < 1:
+            raise ValueError(f"longest_edge {self.longest_edge} must be at least 1, or None for the checkpoint's own")
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One image for the encoder: pixels uint8 [N, S, S, 3], RGB. N = rows*cols + 1, row-major, the global tile last;
+    or N = 1 and rows = cols = 0 where the image is not split."""
+
+    pixels: UInt8
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """A decoded file: an RGB image, upright; `width` and `height` are those of `image`; `format` as Pillow names it."""
+
+    image: Image.Image
+    format: str
+    width: int
+    height: int
+
+
+def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> DecodedImage:
+    """Decode a JPEG, PNG, WebP, GIF, TIFF or BMP file: first frame, EXIF orientation applied, RGB.
+
+    Raises ImageError and nothing else. Limits are checked on the header, before any pixel is decoded. A file that lacks
+    its end is `truncated` even where Pillow could show what is there: rows of it may be missing. Damage inside a
+    complete file is `decode_failed`. Broken EXIF is ignored.
+    """
+    kind = _admit(data, limits)
+    try:
+        with quiet_pillow():
+            return _decode(data, kind, limits)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_many_pixels", f"{kind} image: {error}") from None
+    except Exception as error:  # Pillow's plugins raise nearly every type there is on damaged files
+        if isinstance(error, OSError) and "truncated" in str(error):
+            raise ImageError("truncated", f"the data of the {kind} image ends early: {error}") from None
+        raise ImageError("decode_failed", f"damaged {kind} image: {type(error).__name__}: {error}") from error
+
+
+def _admit(data: bytes, limits: ImageLimits) -> str:
+    """Everything that can be said without Pillow. Gives the format."""
+    if not data:
+        raise ImageError("empty", "the file holds no bytes")
+    if len(data) > limits.max_bytes:
+        raise ImageError("too_many_bytes", f"{len(data)} bytes are more than max_bytes {limits.max_bytes}")
+    kind = sniff(data)
+    if kind is None:
+        raise ImageError("not_an_image", f"no known image format begins with {data[:8]!r}")
+    if kind not in ALLOWED:
+        raise ImageError("unsupported_format", f"{kind} is not among the accepted formats: {', '.join(ALLOWED)}")
+    return kind
+
+
+def _decode(data: bytes, kind: str, limits: ImageLimits) -> DecodedImage:
+    image = _open(data, kind)
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise ImageError("too_many_pixels", f"{width}×{height} pixels are more than max_pixels {limits.max_pixels}")
+    if is_truncated(data, kind):
+        raise ImageError("truncated", f"the {kind} file ends after {len(data)} bytes, before its image does")
+    if width * height == 0:
+        raise ImageError("decode_failed", f"the {kind} image is {width}×{height} pixels")
+    image.load()
+    upright = _upright(to_rgb(image), image)
+    return DecodedImage(upright, kind, *upright.size)
+
+
+def _open(data: bytes, kind: str) -> Image.Image:
+    """Read the header. A cut inside it looks to Pillow like any other damage, so the bytes are asked first."""
+    try:
+        return Image.open(io.BytesIO(data), formats=[kind])
+    except Image.DecompressionBombError:
+        raise
+    except Exception:
+        if is_truncated(data, kind):
+            raise ImageError("truncated", f"the {kind} file ends after {len(data)} bytes, inside its header") from None
+        raise
+
+
+def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
+    try:
+        orientation = source.getexif().get(ORIENTATION, 1)
+    except Exception:  # EXIF is an untyped blob that cameras and editors break in every way; the pixels are good
+        return image
+    method = TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Bring any Pillow mode to 8-bit RGB. Transparency is composited on white.
+
+    16-bit grey (I;16*) keeps its high byte. I and F carry no scale: F within 0..1 spans black to white, values within
+    0..255 stay as they are, those within 0..65535 are taken for 16-bit, all else is stretched from its minimum to its
+    maximum; NaN is black.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
+    if image.mode == "La":  # Pillow knows no way from premultiplied grey to anything but LA
+        image = image.convert("LA")
+    if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
+        return _on_white(image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.getchannel("A").getextrema() == (255, 255):
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> UInt8:
+    values = np.asarray(image)
+    if image.mode.startswith("I;16"):
+        return (values >> 8).astype(np.uint8)
+    values = np.clip(np.nan_to_num(values.astype(np.float64)), -FLOAT32_MAX, FLOAT32_MAX)
+    low, high = values.min(), values.max()
+    if image.mode == "F" and low >= 0 and high <= 1:
+        values = values * 255
+    elif low < 0 or high > 65535:
+        values = (values - low) / max(high - low, FLOAT32_TINY) * 255  # a flat image is black
+    elif high > 255:
+        values = values / 257
+    return np.rint(values).astype(np.uint8)
+
+
+def split_image(image: Image.Image, config: ImageConfig, policy: ImagePolicy = ImagePolicy()) -> Tiles:
+    """Resize an image and cut it into tiles of config.tile_size.
+
+    Byte-equal to transformers' `Idefics3ImageProcessorPil` before its rescaling, with the checkpoint's own sizes: three
+    LANCZOS resizes with 8-bit rounding between them. Raises ValueError for an image without pixels.
+    """
+    if 0 in image.size:
+        raise ValueError(f"an image of {image.width}×{image.height} pixels cannot be split into tiles")
+    image, side = _one_band_if_grey(image), config.tile_size
+    image = _resize(image, _first_size(*image.size, config, policy))
+    splitting = config.do_image_splitting if policy.image_splitting is None else policy.image_splitting
+    if not splitting:
+        return _single(image, side)
+    image = _resize(image, _whole_tiles(*image.size, side))
+    return _single(image, side) if image.size == (side, side) else _cut(image, side)
+
+
+def _one_band_if_grey(image: Image.Image) -> Image.Image:
+    """Scans are often grey, most of them stored in colour: one band, resized once, gives the same bytes as three."""
+    if image.mode == "L" and "transparency" not in image.info:
+        return image
+    image = to_rgb(image)
+    sample = np.asarray(image.resize((32, 32), Image.Resampling.NEAREST))
+    if (sample != sample[..., :1]).any():
+        return image
+    red, green, blue = image.split()
+    same = all(ImageChops.difference(red, other).getbbox() is None for other in (green, blue))
+    return red if same else image
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _first_size(width: int, height: int, config: ImageConfig, policy: ImagePolicy) -> tuple[int, int]:
+    """`get_resize_output_image_size` of transformers: longest edge to the target, the other edge even, both capped."""
+    longest = policy.longest_edge or config.longest_edge
+    if not policy.upscale and max(width, height) <= longest:
+        return _capped(width, height)
+    aspect = width / height
+    if width >= height:
+        return _capped(longest, max(_even(int(longest / aspect)), 1))
+    return _capped(max(_even(int(longest * aspect)), 1), longest)
+
+
+def _capped(width: int, height: int) -> tuple[int, int]:
+    aspect = width / height
+    if width >= height and width > MAX_EDGE:
+        return MAX_EDGE, max(int(MAX_EDGE / aspect), 1)
+    if height > width and height > MAX_EDGE:
+        return max(int(MAX_EDGE * aspect), 1), MAX_EDGE
+    return width, height
+
+
+def _whole_tiles(width: int, height: int, side: int) -> tuple[int, int]:
+    """`resize_for_vision_encoder` of transformers: both edges up to whole tiles, the longer one first."""
+    aspect = width / height
+    if width >= height:
+        width = _round_up(width, side)
+        return width, _round_up(int(width / aspect), side)
+    height = _round_up(height, side)
+    return _round_up(int(height * aspect), side), height
+
+
+def _even(edge: int) -> int:
+    return edge + edge % 2
+
+
+def _round_up(edge: int, side: int) -> int:
+    return math.ceil(edge / side) * side
+
+
+def _single(image: Image.Image, side: int) -> Tiles:
+    pixels = np.empty((1, side, side, 3), np.uint8)
+    pixels[0] = _as_array(_resize(image, (side, side)))
+    return Tiles(pixels, rows=0, cols=0)
+
+
+def _cut(image: Image.Image, side: int) -> Tiles:
+    """Row-major crops, then the whole image as one tile. One band of tiles at a time stays in the cache."""
+    cols, rows = image.width // side, image.height // side
+    pixels = np.empty((rows * cols + 1, side, side, 3), np.uint8)
+    for row in range(rows):
+        band = _as_array(image.crop((0, row * side, image.width, (row + 1) * side)))
+        pixels[row * cols : (row + 1) * cols] = band.reshape(side, cols, side, -1).swapaxes(0, 1)
+    pixels[-1] = _as_array(_resize(image, (side, side)))
+    return Tiles(pixels, rows, cols)
+
+
+def _as_array(image: Image.Image) -> UInt8:
+    """[H, W, 3], or [H, W, 1] of a grey image, which spreads over the channels it is assigned to."""
+    return np.asarray(image).reshape(image.height, image.width, -1)
+
+
+_quiet_lock = threading.Lock()
+_quiet_users = 0
+_quiet_stack = ExitStack()
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Keep Pillow's warnings (bombs, corrupt EXIF, odd TIFF tags) from printing, and from raising under `-W error`.
+
+    Python's filters are one list for all threads: the first user sets the filter, the last one restores the list, so
+    concurrent decodes do not undo each other. Warnings of other modules pass.
+    """
+    global _quiet_users
+    with _quiet_lock:
+        if _quiet_users == 0:
+            _quiet_stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+        _quiet_users += 1
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet_users -= 1
+            if _quiet_users == 0:
+                _quiet_stack.close()
