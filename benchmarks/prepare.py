@@ -178,10 +178,8 @@ def show(results: list[Result]) -> None:
 
 def summary(results: list[Result]) -> dict[str, Any]:
     """The means are those of a job that holds as many images of each case."""
-    ours, peer = (
-        len(results) / sum(1 / rate for rate in rates)
-        for rates in zip(*((r.ours, r.peer) for r in results), strict=True)
-    )
+    ours = statistics.harmonic_mean([result.ours for result in results])
+    peer = statistics.harmonic_mean([result.peer for result in results])
     each = {r.case.name: {"ours": r.ours, "peer": r.peer, "ratio": r.ours / r.peer} for r in results}
     return {"ours": ours, "peer": peer, "ratio": ours / peer, "unit": "images/s per core", "cases": each}
 

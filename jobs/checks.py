@@ -174,7 +174,7 @@ def _scheme(uri: str) -> str | None:
 
 
 def _nearest(scheme: str) -> str:
-    close = get_close_matches(scheme.lower(), SCHEMES, n=1)
+    close = get_close_matches(scheme.lower(), SCHEMES, n=1, cutoff=0.5)
     return f"did you mean {close[0]}://? " if close else ""
 
 

@@ -1,5 +1,6 @@
 """`smolvlm demo`: the main job on one machine with real parts: S3 server, Ray, engine, Parquet. No model hub."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,8 +13,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from jobs import demo_model
 from jobs.demo_images import demo_images
-from jobs.demo_model import build_demo_checkpoint
 from jobs.progress import display, summary_text
 from jobs.run import execute
 from jobs.s3_server import s3_server
@@ -25,7 +26,8 @@ from pipeline.storage import Location
 _NAME, _BUCKET = "demo", "demo"
 _UNTRAINED = """\
 The vision half of this demo's checkpoint is untrained (random weights), so the text below does NOT describe the
-pictures: it shows that every stage runs. Give a real checkpoint with --model in `smolvlm caption` and `smolvlm ocr`."""
+pictures: it shows that every stage runs, with a language model that gets noise to see. For text that means something,
+give `smolvlm caption` or `smolvlm ocr` a real checkpoint with --model."""
 
 
 def run_demo(output: Path) -> None:
@@ -56,8 +58,8 @@ def _job_content(source: str, endpoint_url: str, output: Path, checkpoint: Path)
         "output": {"uri": str(output)},
         "model": {"id": str(checkpoint), "dtype": "float32"},
         "tasks": [
-            {"name": "caption", "prompt": "Describe this image.", "max_new_tokens": 24},
-            {"name": "ocr", "prompt": "Transcribe all text.", "max_new_tokens": 24},
+            {"name": "what", "prompt": "What is this?", "max_new_tokens": 20},
+            {"name": "reading", "prompt": "What text is written here?", "max_new_tokens": 20},
         ],
         "image": {"splitting": False},
     }
@@ -74,13 +76,14 @@ def _upload(images: Mapping[str, bytes], endpoint_url: str) -> str:
 def _checkpoint() -> Path:
     """Return the demo checkpoint, built on the first call and kept in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smolvlm-pipeline"
-    target = cache / "demo-256m"
+    recipe = hashlib.sha256(Path(demo_model.__file__).read_bytes()).hexdigest()[:12]
+    target = cache / f"demo-256m-{recipe}"
     if not target.exists():
         print(f"building the demo checkpoint in {target}", flush=True)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             # Renamed when whole, so that an interrupted build is never taken for a checkpoint.
-            build_demo_checkpoint(Path(folder) / "new").rename(target)
+            demo_model.build_demo_checkpoint(Path(folder) / "new").rename(target)
     return target
 
 
@@ -97,14 +100,19 @@ def _clear(output: Path) -> None:
 
 
 def _print_rows(output: Path) -> None:
-    table = pq.read_table(output / "data", columns=["uri", "status", "error", "caption"])
+    table = pq.read_table(output / "data", columns=["uri", "status", "error", "what", "reading"])
     for row in table.sort_by("uri").slice(0, 6).to_pylist():
-        said = row["caption"]["text"] if row["status"] == "ok" else row["error"]["code"]
-        print(f"  {row['uri'].rpartition('/')[2]:20} {row['status']:6} {' '.join(said.split())[:70]}")
+        print(f"  {row['uri'].rpartition('/')[2]:20} {row['status']:6} {_said(row)}")
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    if row["status"] == "error":
+        return f"{row['error']['code']}: {row['error']['message'][:70]}"
+    return " | ".join(" ".join(row[task]["text"].split()) for task in ("what", "reading"))
 
 
 def _duckdb_line(output: Path) -> str:
-    query = f"SELECT uri, status, error.code, caption.text FROM '{output.absolute()}/data/*.parquet'"
+    query = f"SELECT uri, status, error.code, what.text, reading.text FROM '{output.absolute()}/data/*.parquet'"
     return f'{sys.executable} -c "import duckdb; duckdb.sql(\\"{query}\\").show()"'
 
 

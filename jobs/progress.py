@@ -87,7 +87,7 @@ class BarDisplay:
 
     def say(self, message: str) -> None:
         """Print above the bar."""
-        self._bar.console.print(message, markup=False)
+        self._bar.console.print(message, markup=False, highlight=False)
 
 
 def summary_object(summary: Summary) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import secrets
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -46,6 +47,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
+    _quieten_ray_data()
     if ray.is_initialized():
         yield
         return
@@ -78,3 +80,15 @@ def draining(drain: threading.Event, say: Callable[[str], None]) -> Iterator[Non
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _quieten_ray_data() -> None:
+    """Leave the terminal to our own display; Ray Data's log file still gets everything."""
+    import ray.data
+    from ray.util.annotations import RayDeprecationWarning
+
+    assert ray.data is not None  # importing it puts up the handlers
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", RayDeprecationWarning)

@@ -6,7 +6,10 @@ from typing import Any
 
 import ray
 
+from pipeline.errors import PipelineError
+
 _ASK_AGAIN_S = 0.5
+MAX_DEATHS_IN_A_ROW = 10
 
 
 class Board:
@@ -15,10 +18,17 @@ class Board:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._draining = False
+        self._starts: Counter[str] = Counter()
 
     def add(self, counts: dict[str, int]) -> None:
-        """Add to the counts."""
+        """Add to the counts: the run gets on, so earlier deaths of workers are forgiven."""
         self._counts.update(counts)
+        self._starts.clear()
+
+    def started(self, pool: str) -> int:
+        """Count a worker's start and return how many of its pool have started since the run last got on."""
+        self._starts[pool] += 1
+        return self._starts[pool]
 
     def counts(self) -> dict[str, int]:
         """Return all counts so far."""
@@ -53,6 +63,17 @@ class Control:
     def counts(self) -> Counter[str]:
         """Return the counts, waiting for them."""
         return Counter(ray.get(self._board.counts.remote()))
+
+    def enlist(self, pool: str, max_size: int) -> None:
+        """Say that a worker has started. Raises PipelineError if its kind keeps dying without getting anything done.
+
+        Ray starts dead workers again without end; a worker that cannot live on this job has to stop it.
+        """
+        starts: int = ray.get(self._board.started.remote(pool))
+        if starts > max_size + MAX_DEATHS_IN_A_ROW:
+            raise PipelineError(
+                f"{pool} workers died {MAX_DEATHS_IN_A_ROW} times in a row without finishing a row; their logs say why"
+            )
 
     def drain(self) -> None:
         """Let what is in flight finish and start nothing new."""

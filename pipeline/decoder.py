@@ -11,8 +11,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.decode_process import LENGTH, NEW_BATCH, READY, DecoderOptions
 from pipeline.errors import PipelineError, RowError
@@ -41,7 +40,7 @@ class Decoder:
 
     def __init__(self, options: DecoderOptions) -> None:
         self._options = options
-        self._shared = tempfile.TemporaryFile(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)  # noqa: SIM115
+        self._shared = _shared_file()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -134,6 +133,13 @@ class Decoder:
         except subprocess.TimeoutExpired:
             process.kill()
             return process.wait()
+
+
+def _shared_file() -> BinaryIO:
+    """Return memory as a file. Not one in /dev/shm: containers give that 64 MB, and a write beyond it kills the writer."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("tiles"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def _collect(process: "subprocess.Popen[bytes]", answers: list[Prepared]) -> bool:

@@ -31,7 +31,7 @@ class RowError:
     """Why one image has no text. `attempts` counts reads or decoder lives spent on it.
 
     Codes by stage:
-      list      archive_truncated, archive_invalid, duplicate_key, unsupported_format, parquet_invalid, and the codes of read
+      list      archive_truncated, archive_invalid, duplicate_key, unsupported_format, parquet_invalid, codes of read
       read      not_found, forbidden, read_failed, changed, empty, truncated, too_many_bytes
       prepare   the codes of `smolvlm.image.ImageError`, out_of_memory, quarantined
       generate  prompt_too_long

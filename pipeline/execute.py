@@ -10,8 +10,10 @@ from contextlib import contextmanager
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
+from pipeline import ranges
 from pipeline.control import Control
 from pipeline.datasource import ManifestSource
+from pipeline.errors import PipelineError
 from pipeline.generate import AnswererFactory, GenerateWorker
 from pipeline.job import Job
 from pipeline.manifest import Manifest
@@ -21,11 +23,7 @@ from pipeline.resources import READ_CPUS, WRITE_CPUS, Resources
 from pipeline.sink import CommitSink
 from pipeline.storage import Location
 
-# Ray's default is to try for ever; a worker that dies this often dies of what it is given.
-MAX_WORKER_LIVES = 100
-_MAX_BLOCK_RETRIES = 20
 _PREPARE_CALLS = 2  # one decodes while the other fetches
-_SUPERVISION = {"max_restarts": MAX_WORKER_LIVES, "max_task_retries": _MAX_BLOCK_RETRIES}
 
 
 def execute(
@@ -38,32 +36,35 @@ def execute(
     answerer_factory: AnswererFactory,
     control: Control,
 ) -> None:
-    """Run all pending rows through the graph; returns when the last file is committed."""
-    with _data_context():
+    """Run all pending rows through the graph; returns when the last file is committed.
+
+    Raises PipelineError with Ray's cause if it stops before; what was committed stays.
+    """
+    rows = ranges.count(pending)
+    with _data_context(), _ray_errors(destination):
         source = ManifestSource(destination, manifest, pending)
         (
             ray.data.read_datasource(source, num_cpus=READ_CPUS, override_num_blocks=resources.num_read_tasks)
-            .repartition(target_num_rows_per_block=resources.rows_per_block)
+            .repartition(target_num_rows_per_block=resources.rows_per_block(rows))
             .map_batches(
                 PrepareWorker,
-                fn_constructor_args=(job, resources.image_config, control),
+                fn_constructor_args=(job, resources.image_config, control, resources.prepare_workers[1]),
                 compute=_pool(resources.prepare_workers, _PREPARE_CALLS),
                 num_cpus=resources.prepare_cpus,
-                **_WORKER_OPTIONS,
+                batch_size=None,
+                batch_format="pyarrow",
             )
             .map_batches(
                 GenerateWorker,
                 fn_constructor_args=(job, answerer_factory, control),
-                compute=_pool(job.engine.replicas, resources.blocks_per_engine),
+                compute=_pool(job.engine.replicas, resources.blocks_per_engine(rows)),
                 num_cpus=resources.engine_cpus,
                 num_gpus=job.engine.gpus,
-                **_WORKER_OPTIONS,
+                batch_size=None,
+                batch_format="pyarrow",
             )
-            .write_datasink(sink, ray_remote_args={"num_cpus": WRITE_CPUS, "max_retries": _MAX_BLOCK_RETRIES})
+            .write_datasink(sink, ray_remote_args={"num_cpus": WRITE_CPUS})
         )
-
-
-_WORKER_OPTIONS = {"batch_size": None, "batch_format": "pyarrow", **_SUPERVISION}
 
 
 def _pool(size: tuple[int, int], calls: int) -> ActorPoolStrategy:
@@ -77,13 +78,26 @@ def _pool(size: tuple[int, int], calls: int) -> ActorPoolStrategy:
 
 
 @contextmanager
+def _ray_errors(destination: Location) -> Iterator[None]:
+    """Say what ended the run in one sentence; the whole story is the cause."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        message = str(cause).strip().splitlines()[-1] if str(cause).strip() else ""
+        raise PipelineError(
+            f"the run stopped: {type(cause).__name__}: {message}. What is committed in {destination.uri} "
+            "stays; run the same job again to go on from there."
+        ) from error
+
+
+@contextmanager
 def _data_context() -> Iterator[None]:
     """Ray Data's settings for this graph, put back afterwards."""
     context = DataContext.get_current()
     wanted = {
         "target_max_block_size": None,  # one block in, one block out
         "enable_progress_bars": False,
-        "execution_options": context.execution_options,
     }
     before = {name: getattr(context, name) for name in wanted}
     for name, value in wanted.items():

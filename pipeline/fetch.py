@@ -136,7 +136,7 @@ class _RowGroups:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, int], pa.ChunkedArray] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int], pa.ChunkedArray | Exception] = OrderedDict()
         self._files: dict[str, tuple[pq.ParquetFile, str, list[int]]] = {}
 
     def value(self, ref: ImageRef) -> bytes | None:
@@ -161,10 +161,16 @@ class _RowGroups:
     def _group(self, uri: str, file: pq.ParquetFile, column: str, group: int) -> pa.ChunkedArray:
         key = (uri, group)
         if key not in self._kept:
-            self._kept[key] = with_retries(lambda: file.read_row_group(group, columns=[column]))[column]
+            try:
+                self._kept[key] = with_retries(lambda: file.read_row_group(group, columns=[column]))[column]
+            except Exception as error:  # kept too: retrying a damaged group for each of its rows would take hours
+                self._kept[key] = error
             while len(self._kept) > _GROUPS_KEPT:
                 self._kept.popitem(last=False)
-        return self._kept[key]
+        kept = self._kept[key]
+        if isinstance(kept, Exception):
+            raise kept
+        return kept
 
 
 def _image_bytes(cell: object) -> bytes | None:

@@ -70,6 +70,7 @@ class SmolVLMAnswerer:
 
         device = "cuda" if job.engine.gpus else "cpu"
         if device == "cpu":
+            # Ray tells libraries to use as many threads as an actor reserves CPUs, here a fraction; the job decides.
             torch.set_num_threads(job.engine.threads or max(1, (os.cpu_count() or 1) // job.engine.replicas[0]))
         limits = {} if job.engine.max_num_sequences is None else {"max_num_sequences": job.engine.max_num_sequences}
         model, revision = job.model.id, job.model.revision
@@ -106,6 +107,7 @@ class GenerateWorker:
     """An actor of the generate pool. Ray calls it from several threads; each call waits for one block's answers."""
 
     def __init__(self, job: Job, factory: AnswererFactory, control: Control) -> None:
+        control.enlist("generate", job.engine.replicas[1])
         self._job = job
         self._answerer = factory(job)
         self._control = control

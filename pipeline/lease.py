@@ -59,7 +59,9 @@ class Lease:
                 raise LeaseHeld(_held_message(self._directory, holder))
         self._number = (last or 0) + 1
         if not self._object(self._number).put_if_absent(self._content()):
-            raise LeaseHeld(_held_message(self._directory, self._holder(self._number)))
+            holder = self._holder(self._number)
+            if holder.id != self._id:  # ours, where the store's answer to the first attempt was lost
+                raise LeaseHeld(_held_message(self._directory, holder))
         self._thread.start()
         return self
 
@@ -89,7 +91,7 @@ class Lease:
             except LeaseLost:
                 self._lost.set()
                 return
-            except OSError:
+            except Exception:  # whatever the store's library raises
                 continue  # storage is away for the moment: the next beat tries again, and EXPIRY_S allows for some
 
     def _object(self, number: int) -> Location:

@@ -33,7 +33,8 @@ def decoder_options(job: Job, config: ImageConfig) -> DecoderOptions:
 class PrepareWorker:
     """An actor of the prepare pool. While one call decodes, another may already fetch."""
 
-    def __init__(self, job: Job, config: ImageConfig, control: Control) -> None:
+    def __init__(self, job: Job, config: ImageConfig, control: Control, max_workers: int) -> None:
+        control.enlist("prepare", max_workers)
         self._fetcher = Fetcher(job.source, job.image.max_bytes)
         self._decoder = Decoder(decoder_options(job, config))
         self._control = control

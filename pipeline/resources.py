@@ -19,6 +19,7 @@ _BLOCK_BYTES = 48 << 20
 _MAX_ROWS_PER_BLOCK = 256
 _SEQUENCES_IN_FLIGHT = 64
 _MAX_BLOCKS_PER_ENGINE = 16
+_BLOCKS_PER_RUN = 32
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,19 @@ class Resources:
 
     image_config: ImageConfig
     output_schema: pa.Schema
-    rows_per_block: int
+    max_rows_per_block: int
     num_read_tasks: int
     prepare_workers: tuple[int, int]
     prepare_cpus: float
     engine_cpus: float
-    blocks_per_engine: int
+
+    def rows_per_block(self, rows: int) -> int:
+        """Return the block size for a run of `rows`: a small run is cut small, so that every worker gets some."""
+        return max(1, min(self.max_rows_per_block, rows // _BLOCKS_PER_RUN))
+
+    def blocks_per_engine(self, rows: int) -> int:
+        """Return how many blocks to send an engine at once, so that its batch stays full."""
+        return min(max(2, -(-_SEQUENCES_IN_FLIGHT // self.rows_per_block(rows))), _MAX_BLOCKS_PER_ENGINE)
 
 
 def plan_resources(job: Job, image_config: ImageConfig) -> Resources:
@@ -47,16 +55,14 @@ def plan_resources(job: Job, image_config: ImageConfig) -> Resources:
     most = max(1, int(spare / prepare_cpus))
     prepare_workers = job.engine.prepare_workers or (1, most)
     _check_fits(job, engine_cpus, prepare_workers[0] * prepare_cpus, cpus, gpus)
-    rows_per_block = _rows_per_block(job, image_config)
     return Resources(
         image_config=image_config,
         output_schema=output_schema(job.tasks),
-        rows_per_block=rows_per_block,
+        max_rows_per_block=_max_rows_per_block(job, image_config),
         num_read_tasks=max(1, int(cpus)),
         prepare_workers=prepare_workers,
         prepare_cpus=prepare_cpus,
         engine_cpus=engine_cpus,
-        blocks_per_engine=min(max(2, -(-_SEQUENCES_IN_FLIGHT // rows_per_block)), _MAX_BLOCKS_PER_ENGINE),
     )
 
 
@@ -76,7 +82,7 @@ def _check_fits(job: Job, engine_cpus: float, prepare_cpus: float, cpus: float, 
         )
 
 
-def _rows_per_block(job: Job, config: ImageConfig) -> int:
+def _max_rows_per_block(job: Job, config: ImageConfig) -> int:
     """As many rows as keep a block of the largest possible images near _BLOCK_BYTES."""
     splitting = config.do_image_splitting if job.image.splitting is None else job.image.splitting
     side = math.ceil((job.image.longest_edge or config.longest_edge) / config.tile_size) if splitting else 1

@@ -119,7 +119,7 @@ def kind_of(uri: str, source: Source) -> Kind | None:
         found = "tar"
     elif suffix == "parquet":
         found = "parquet"
-    elif suffix in IMAGE_SUFFIXES or not suffix or source.format == "list":
+    elif suffix in IMAGE_SUFFIXES or not suffix or _names_inputs(source):
         found = "object"
     wanted: dict[str, Kind | None] = {"images": "object", "webdataset": "tar", "parquet": "parquet"}
     return found if wanted.get(source.format, found) == found else None
@@ -139,7 +139,7 @@ def expand(batch: InputBatch, source: Source) -> list[pa.Table]:
 
 
 def _objects(source: Source, location: Location) -> Iterator[ObjectInfo]:
-    if _is_list(source):
+    if _is_one_list(source):
         return read_list(location, source.column)
     base, pattern = _split_glob(location, source.glob)
     if source.format == "list":
@@ -148,7 +148,12 @@ def _objects(source: Source, location: Location) -> Iterator[ObjectInfo]:
     return _matching(base, pattern)
 
 
-def _is_list(source: Source) -> bool:
+def _names_inputs(source: Source) -> bool:
+    """Whether lists name the inputs, so that each is one whatever it is called."""
+    return source.format == "list" or _is_one_list(source)
+
+
+def _is_one_list(source: Source) -> bool:
     suffix = source.uri.rpartition(".")[2].lower()
     named = suffix in LIST_SUFFIXES and source.format == "auto"
     return named or (source.format == "list" and suffix in {*LIST_SUFFIXES, "parquet"})
@@ -168,14 +173,19 @@ def _matching(base: Location, pattern: Pattern[str] | None) -> Iterator[ObjectIn
     root = base.path.rstrip("/") + "/"
     try:
         for info in base.list():
-            relative = base.at(info.uri).path.removeprefix(root)
-            hidden = any(part.startswith(("_", ".")) for part in relative.split("/"))
-            if pattern.match(relative) if pattern else not hidden:
+            path = base.at(info.uri).path
+            if path == base.path:  # the source is this one object
+                yield info
+            elif pattern.match(path.removeprefix(root)) if pattern else not _is_hidden(path.removeprefix(root)):
                 yield info
     except (FileNotFoundError, PermissionError) as error:
         raise ConfigError(
             f"source.uri {base.uri}: {error}. Check the address, the endpoint and the credentials."
         ) from error
+
+
+def _is_hidden(relative: str) -> bool:
+    return any(part.startswith(("_", ".")) for part in relative.split("/"))
 
 
 def read_list(location: Location, column: str | None) -> Iterator[ObjectInfo]:
@@ -198,7 +208,7 @@ def _read_list_rows(location: Location, column: str | None) -> Iterator[ObjectIn
             for batch in parquet.iter_batches(columns=[name]):
                 yield from (ObjectInfo(str(uri), None, None) for uri in batch.column(0).to_pylist())
             return
-        lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # spreadsheets put a byte order mark first
         rows: Iterator[Any] = csv.DictReader(lines) if suffix == "csv" else (json.loads(x) for x in lines if x.strip())
         name = ""
         for row in rows:

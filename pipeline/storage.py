@@ -26,6 +26,8 @@ _LONGEST_PAUSE_S = 10.0
 _S3_OPTIONS: dict[str, Any] = {
     # Listings change under us by design, so a cached one is a wrong one.
     "use_listings_cache": False,
+    # Above 1, s3fs asks for the size before each whole read: two requests an object instead of one.
+    "max_concurrency": 1,
     "config_kwargs": {
         "max_pool_connections": 64,
         "connect_timeout": 10,
@@ -113,9 +115,15 @@ class Location:
     def read(self, start: int | None = None, stop: int | None = None) -> bytes:
         """Return the object's bytes from `start` to `stop`.
 
-        Raises FileNotFoundError, PermissionError, or the last OSError once the retries are used up.
+        An object that ends before `stop` gives what there is. Raises FileNotFoundError, PermissionError, or the last
+        OSError once the retries are used up.
         """
-        return bytes(with_retries(lambda: self.fs.cat_file(self.path, start=start, end=stop)))
+        try:
+            return bytes(with_retries(lambda: self.fs.cat_file(self.path, start=start, end=stop)))
+        except Exception as error:
+            if _http_status(error) == 416:  # S3 has no range in an empty object, or behind the end of any
+                return b""
+            raise
 
     def open(self, block_size: int = 1 << 20) -> Any:
         """Open the object for seeking reads of `block_size` at a time."""
@@ -167,13 +175,17 @@ def with_retries(call: Callable[[], T]) -> T:
 
 def _is_transient(error: BaseException) -> bool:
     """Whether a retry can help: a network fault, or an answer other than a plain refusal (a 4xx but throttling)."""
-    response = getattr(error.__cause__ or error, "response", None)
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if isinstance(response, dict) else 0
-    if status in (400, 401, 403, 404, 405, 409, 411, 412, 416) or "Credential" in type(error).__name__:
+    if _http_status(error) in (400, 401, 403, 404, 405, 409, 411, 412, 416) or "Credential" in type(error).__name__:
         return False
     # The network libraries' own errors are not OSErrors; they come from below fsspec and keep their module's name.
     from_network = type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
     return from_network or isinstance(error, (OSError, TimeoutError))
+
+
+def _http_status(error: BaseException) -> int:
+    """Return the status of the S3 answer behind an error, 0 if there is none."""
+    response = getattr(error.__cause__ or error, "response", None)
+    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) if isinstance(response, dict) else 0
 
 
 def read_failure(error: BaseException, uri: str) -> RowFailure:

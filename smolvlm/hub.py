@@ -6,7 +6,7 @@ from pathlib import Path
 BUNDLED = "bundled"
 BUNDLED_DIRECTORY = Path(__file__).parent / "assets" / "ocr"
 COMMIT = re.compile(r"[0-9a-f]{40}")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 # Nothing that can run code: no pickled weights, no Python files. The index of the weights and the tokenizer are JSON.
 ALLOWED_FILES = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
@@ -20,7 +20,7 @@ def resolve_checkpoint(model_id: str, revision: str | None = None) -> Path:
     Raises ValueError where none of these fits.
     """
     directory = Path(model_id)
-    if directory.is_dir():
+    if model_id and directory.is_dir():
         return directory
     if model_id == BUNDLED:
         return _bundled()

@@ -18,7 +18,18 @@ MAY_IMPORT = {
 # smolvlm runs in a notebook or on a bare GPU machine.
 FORBIDDEN_IN_SMOLVLM = {"ray", "pyarrow", "fsspec", "s3fs", "fastapi", "pydantic", "typer", "rich"}
 # Manifest, records, storage and decoding are tested without a cluster.
-WITHOUT_RAY = ("records", "storage", "manifest", "ranges", "tar", "source", "commit", "lease", "decode_process", "decoder")
+WITHOUT_RAY = (
+    "records",
+    "storage",
+    "manifest",
+    "ranges",
+    "tar",
+    "source",
+    "commit",
+    "lease",
+    "decode_process",
+    "decoder",
+)
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
@@ -49,7 +60,9 @@ def test_imports_run_one_way(path: Path) -> None:
     assert ours <= MAY_IMPORT[package]
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.is_relative_to(ROOT / "smolvlm")], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.is_relative_to(ROOT / "smolvlm")], ids=lambda path: path.name
+)
 def test_smolvlm_needs_no_pipeline_dependency(path: Path) -> None:
     assert not roots(path) & FORBIDDEN_IN_SMOLVLM
 

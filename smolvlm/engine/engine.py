@@ -149,7 +149,7 @@ class Engine:
         each = [params] * len(inputs) if isinstance(params, SamplingParams) else params
         if len(each) != len(inputs):
             raise ValueError(f"{len(each)} SamplingParams for {len(inputs)} inputs; give one, or one for each input")
-        sequences = [self.prepare(*pair) for pair in zip(inputs, each, strict=True)]
+        sequences = [self._prepare_numbered(*item) for item in zip(range(len(inputs)), inputs, each, strict=True)]
         for sequence in sequences:
             self.enqueue(sequence)
         try:
@@ -159,6 +159,12 @@ class Engine:
             for sequence in sequences:
                 self.abort(sequence)
         return [sequence.completion() for sequence in sequences]
+
+    def _prepare_numbered(self, number: int, model_input: ModelInput, params: SamplingParams) -> Sequence:
+        try:
+            return self.prepare(model_input, params)
+        except ValueError as error:
+            raise type(error)(f"input {number}: {error}") from error
 
     def _finish(self, sequences: list[Sequence], chosen: Chosen) -> list[Sequence]:
         for sequence, (token_id, logprob) in zip(sequences, chosen, strict=True):

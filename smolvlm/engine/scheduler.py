@@ -71,7 +71,7 @@ class Scheduler:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self.waiting or self.admitted or self.running)
+        return bool(self._next_waiting() or self.admitted or self.running)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence; from here on it shares the images that others ask about as well."""
@@ -110,17 +110,19 @@ class Scheduler:
             return
         sequence.finish_reason = "aborted"
         self.finish([sequence])
-        self.admitted = [each for each in self.admitted if each is not sequence]  # the heap drops its own in _admit
+        self.admitted = [each for each in self.admitted if each is not sequence]
 
     def _admit(self) -> None:
         """Give pages to waiting sequences in order; one that does not fit yet holds back those behind it."""
-        while self.waiting:
-            sequence = self.waiting[0][1]
-            if sequence.status is Status.WAITING and not self._reserve(sequence):
-                return
+        while (sequence := self._next_waiting()) and self._reserve(sequence):
             heapq.heappop(self.waiting)
-            if sequence.status is Status.ADMITTED:  # else it was aborted while it waited
-                insort(self.admitted, sequence, key=lambda each: each.order)
+            insort(self.admitted, sequence, key=lambda each: each.order)
+
+    def _next_waiting(self) -> Sequence | None:
+        """The first that waits; those that were aborted meanwhile leave the heap here, where it costs nothing."""
+        while self.waiting and self.waiting[0][1].status is Status.FINISHED:
+            heapq.heappop(self.waiting)
+        return self.waiting[0][1] if self.waiting else None
 
     def _reserve(self, sequence: Sequence) -> bool:
         if len(self.admitted) + len(self.running) >= self.limits.max_num_sequences:

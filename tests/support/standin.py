@@ -3,6 +3,7 @@
 import hashlib
 import os
 import time
+from pathlib import Path
 
 from pipeline.generate import Answer, Pending, RowRefused
 from pipeline.job import Job, Task
@@ -17,10 +18,11 @@ def text_of(tiles: Tiles, task: Task, seed: int) -> str:
 
 
 class PixelAnswerer:
-    """Answers at once, or after STANDIN_DELAY_S seconds; refuses images darker than STANDIN_REFUSE_BELOW."""
+    """Answers after `delay_s`, noting every answer as a byte in `log`; refuses dark images if its prompt says so."""
 
-    def __init__(self, job: Job) -> None:
-        self._delay_s = float(os.environ.get("STANDIN_DELAY_S", "0"))
+    def __init__(self, job: Job, delay_s: float = 0.0, log: Path | None = None) -> None:
+        self._delay_s = delay_s
+        self._log = None if log is None else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def submit(self, tiles: Tiles, task: Task, seed: int) -> Pending:
         if task.prompt == "refuse dark images" and tiles.pixels.mean() < 10:
@@ -29,6 +31,8 @@ class PixelAnswerer:
 
         def wait() -> Answer:
             time.sleep(self._delay_s)
+            if self._log is not None:
+                os.write(self._log, b".")
             return Answer(text, "stop", len(tiles.pixels), len(text), 0.0)
 
         return wait

@@ -1,0 +1,38 @@
+import os
+import signal
+import threading
+import warnings
+
+import pytest
+
+from jobs.run import draining, ray_session
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_drains_and_the_second_aborts(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    drain, said = threading.Event(), list[str]()
+    with draining(drain, said.append):
+        os.kill(os.getpid(), number)
+        assert drain.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert len(said) == 1
+    assert "interrupt again to abort" in said[0]
+    assert signal.getsignal(number) is before
+
+
+def test_a_block_without_signals_changes_nothing() -> None:
+    before, drain = signal.getsignal(signal.SIGINT), threading.Event()
+    with draining(drain, print):
+        pass
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not drain.is_set()
+
+
+def test_a_ray_that_runs_here_is_used_and_left_running(ray_cluster: str) -> None:
+    import ray
+
+    with warnings.catch_warnings(), ray_session():
+        assert ray.get_runtime_context().gcs_address == ray_cluster
+    assert ray.is_initialized()

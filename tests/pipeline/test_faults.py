@@ -1,0 +1,193 @@
+"""What a run survives: its driver and its workers killed at any moment, and a second driver."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from driver import make_job
+from PIL import Image
+from standin import PixelAnswerer
+
+from jobs.verify import verify
+from pipeline.run import run
+
+DRIVER = Path(__file__).parents[1] / "support" / "driver.py"
+NUM_IMAGES = 240
+DELAY_S = 0.02
+# What may be answered again after a driver's death: blocks in the engine or on the way, and rows waiting for a file.
+IN_FLIGHT_ROWS = 120
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for index in range(NUM_IMAGES):
+        Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(folder / f"{index:04d}.png")
+    for index in range(0, NUM_IMAGES, 20):
+        (folder / f"{index:04d}.png").write_bytes(b"not an image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(
+    images: Path, tiny_checkpoint: Path, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Return the texts of a run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    run(make_job(str(images), str(output), str(tiny_checkpoint)), answerer_factory=PixelAnswerer)
+    return texts(output)
+
+
+class Driver:
+    """A driver process and the files it works with."""
+
+    def __init__(self, address: str, images: Path, output: Path, checkpoint: Path) -> None:
+        self.output = output
+        self.log = output.parent / "answers.log"
+        self._command = [sys.executable, str(DRIVER), address, str(images), str(output), str(checkpoint)]
+
+    def start(self, delay_s: float = DELAY_S, prompt: str = "Describe.") -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([*self._command, str(delay_s), str(self.log), prompt], stdout=subprocess.PIPE)
+
+    def finish(self, **options: float | str) -> dict[str, object]:
+        process = self.start(**options)  # type: ignore[arg-type]
+        out, _ = process.communicate(timeout=120)
+        answer: dict[str, object] = json.loads(out.splitlines()[-1])
+        return answer
+
+    @property
+    def num_answers(self) -> int:
+        return self.log.stat().st_size if self.log.exists() else 0
+
+    @property
+    def num_files(self) -> int:
+        return len(list((self.output / "data").glob("*.parquet")))
+
+
+@pytest.fixture
+def driver(ray_cluster: str, images: Path, tiny_checkpoint: Path, tmp_path: Path) -> Driver:
+    return Driver(ray_cluster, images, tmp_path / "out", tiny_checkpoint)
+
+
+def texts(output: Path) -> dict[str, str]:
+    """Return each image's text or error code; fails on an image with two rows."""
+    rows = pq.read_table(output / "data").to_pylist()
+    found = {row["uri"]: row["caption"]["text"] if row["caption"] else row["error"]["code"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 60
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def kill_moments(driver: Driver) -> Iterator[tuple[str, Callable[[], bool]]]:
+    """Yield the moments of a run at which its driver dies, by what can be seen at the destination."""
+    output = driver.output
+    yield "lease taken", lambda: (output / "_lease").exists()
+    yield "job claimed", lambda: (output / "_job.json").exists()
+    yield "manifest complete", lambda: (output / "_manifest" / "_complete.json").exists()
+    yield "first answer", lambda: driver.num_answers > 0
+    for _ in range(7):
+        answers = driver.num_answers
+        yield f"17 answers after {answers}", lambda answers=answers: driver.num_answers >= answers + 17  # type: ignore[misc]
+    files = driver.num_files
+    yield f"one more file than {files}", lambda: driver.num_files > files
+
+
+@pytest.mark.timeout(400)
+def test_driver_killed_at_twelve_moments_then_resumed(driver: Driver, expected: dict[str, str]) -> None:
+    kills = 0
+    for _, condition in kill_moments(driver):
+        process = driver.start()
+        wait_for(condition, process)
+        assert process.poll() is None, "the run ended before its driver was killed"
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    before = driver.num_answers
+    assert driver.finish(delay_s=0.0) == {
+        "rows": NUM_IMAGES,
+        "resumed": pytest.approx(NUM_IMAGES / 2, abs=NUM_IMAGES / 2),
+    }
+    assert texts(driver.output) == expected
+    report = verify(str(driver.output))
+    assert (report.missing, report.duplicate, report.unreadable) == (0, 0, 0)
+    readable = sum(text.startswith("Describe") for text in expected.values())
+    assert before <= readable + kills * IN_FLIGHT_ROWS
+    assert driver.num_answers <= readable + kills * IN_FLIGHT_ROWS
+
+
+@pytest.mark.timeout(300)
+def test_workers_killed_at_random(driver: Driver, expected: dict[str, str]) -> None:
+    rng = random.Random(0)
+    process = driver.start(delay_s=0.05)
+    wait_for(lambda: driver.num_answers > 0, process)
+    killed: list[str] = []
+    while process.poll() is None and len(killed) < 12:
+        victims = [worker for worker in workers() if worker.is_running()]
+        if victims:
+            victim = rng.choice(victims)
+            killed.append(victim.name())
+            victim.kill()
+        time.sleep(0.8)
+    out, _ = process.communicate(timeout=200)
+    assert json.loads(out.splitlines()[-1]) == {"rows": NUM_IMAGES, "resumed": 0}
+    assert len(killed) >= 5
+    assert texts(driver.output) == expected
+
+
+def workers() -> list[psutil.Process]:
+    """Return the engine and prepare actors and their decoders that run under this test's Ray."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if any(part in line for part in ("GenerateWorker", "PrepareWorker", "decode_process")):
+            found.append(process)
+    return found
+
+
+def test_second_driver_is_refused(driver: Driver, expected: dict[str, str]) -> None:
+    first = driver.start()
+    wait_for(lambda: driver.num_answers > 0, first)
+    second = driver.finish()
+    assert second["error"] == "LeaseHeld"
+    assert str(first.pid) in str(second["message"])
+    first.communicate(timeout=120)
+    assert first.returncode == 0
+    assert texts(driver.output) == expected
+
+
+def test_changed_prompt_is_refused_naming_it(driver: Driver, expected: dict[str, str]) -> None:
+    assert driver.finish(delay_s=0.0)["rows"] == NUM_IMAGES
+    digest = content_digest(driver.output)
+    refused = driver.finish(prompt="Transcribe.")
+    assert refused["error"] == "FingerprintMismatch"
+    assert "tasks.caption.prompt: 'Describe.' in the output, 'Transcribe.' now" in str(refused["message"])
+    assert content_digest(driver.output) == digest
+    assert driver.finish() == {"rows": NUM_IMAGES, "resumed": NUM_IMAGES}
+
+
+def content_digest(output: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(output.rglob("*")):
+        if path.is_file():
+            digest.update(os.fsencode(path.relative_to(output)) + path.read_bytes())
+    return digest.hexdigest()

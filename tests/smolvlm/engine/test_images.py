@@ -1,0 +1,55 @@
+import gc
+
+import numpy as np
+import torch
+
+from smolvlm.engine.images import ImageStore
+from smolvlm.image import Tiles
+
+
+def _tiles(count: int = 2) -> Tiles:
+    return Tiles(np.zeros((count, 4, 4, 3), dtype=np.uint8), 0, 0)
+
+
+def test_the_same_tiles_are_one_image_and_equal_ones_are_two() -> None:
+    store, tiles = ImageStore(), _tiles()
+    image = store.acquire(tiles)
+    assert store.acquire(tiles) is image
+    assert store.acquire(_tiles()) is not image
+
+
+def test_pixels_go_once_encoded_and_features_with_the_last_user() -> None:
+    store, tiles = ImageStore(), _tiles(3)
+    image = store.acquire(tiles)
+    store.acquire(tiles)
+    image.store(0, torch.ones(2, 5, 8))
+    assert image.pixels is not None
+    image.store(2, torch.full((1, 5, 8), 2.0))
+    assert image.is_encoded
+    assert image.pixels is None
+    assert image.embeddings.mean(-1).tolist() == [1.0] * 10 + [2.0] * 5
+    store.release(image)
+    assert image.features is not None
+    store.release(image)
+    assert image.features is None
+    assert len(store) == 0
+
+
+def test_an_image_released_early_drops_its_pixels() -> None:
+    store = ImageStore()
+    image = store.acquire(_tiles())
+    store.release(image)
+    assert image.pixels is None
+
+
+def test_new_tiles_at_the_address_of_gone_ones_are_another_image() -> None:
+    store, tiles = ImageStore(), _tiles()
+    image = store.acquire(tiles)
+    address = id(tiles)
+    del tiles
+    gc.collect()
+    others = [_tiles() for _ in range(1000)]
+    for other in others:
+        assert store.acquire(other) is not image, f"address reused: {id(other) == address}"
+    store.release(image)
+    assert len(store) == len(others)

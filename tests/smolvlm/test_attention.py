@@ -1,0 +1,94 @@
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor
+
+from smolvlm.attention import KVCache, PackedPrefill, PagedDecode, causal_attention, packed_prefill
+from smolvlm.config import TextConfig
+
+CPU = torch.device("cpu")
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
+CONFIG = TextConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=HEADS,
+    num_kv_heads=KV_HEADS,
+    head_dim=HEAD_DIM,
+    vocab_size=50,
+    rope_theta=1e4,
+    max_positions=128,
+    rms_norm_eps=1e-5,
+)
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention head by head, the definition."""
+    length, group = q.shape[0], HEADS // KV_HEADS
+    outputs = []
+    for head in range(HEADS):
+        scores = q[:, head] @ k[:, head // group].T / HEAD_DIM**0.5
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+        outputs.append(scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v[:, head // group])
+    return torch.stack(outputs, dim=1)
+
+
+def test_causal_attention_is_the_definition() -> None:
+    q, k, v = _random(9, HEADS, HEAD_DIM, seed=0), *_random(2, 9, KV_HEADS, HEAD_DIM, seed=1)
+    torch.testing.assert_close(causal_attention(q, k, v), _written_out(q, k, v))
+
+
+def test_packed_prompts_do_not_see_each_other() -> None:
+    lengths = (3, 1, 7)
+    q, kv = _random(11, HEADS, HEAD_DIM, seed=0), _random(11, 2, KV_HEADS, HEAD_DIM, seed=1)
+    attention = packed_prefill(lengths, CPU)
+    assert attention.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4, 5, 6]
+    parts = zip(q.split(lengths), kv.split(lengths), strict=True)
+    expected = torch.cat([_written_out(part, *pair.unbind(1)) for part, pair in parts])
+    torch.testing.assert_close(attention.attend(0, q, kv), expected)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_paged_decode_equals_attention_over_the_whole_sequence(layer: int) -> None:
+    """Sequences of uneven length, on scattered blocks, in a cache whose other slots hold rubbish."""
+    cache = KVCache(CONFIG, num_blocks=9, block_size=4, device=CPU, dtype=torch.float32)
+    cache.storage.normal_(std=100.0)
+    tables, lengths = [[7, 2, 5], [3], [0, 8]], [9, 2, 8]
+    history = [_random(length, 2, KV_HEADS, HEAD_DIM, seed=length) for length in lengths]
+    queries = [_random(length, HEADS, HEAD_DIM, seed=10 + length) for length in lengths]
+    _prefill(cache, layer, [kv[:-1] for kv in history], tables)
+    attention = _decode(cache, tables, lengths)
+    last = [torch.stack([each[-1] for each in rows]) for rows in (queries, history)]
+    expected = [_written_out(q, *kv.unbind(1))[-1] for q, kv in zip(queries, history, strict=True)]
+    torch.testing.assert_close(attention.attend(layer, *last), torch.stack(expected))
+
+
+def _slots(table: list[int], positions: Iterable[int]) -> list[int]:
+    return [table[position // 4] * 4 + position % 4 for position in positions]
+
+
+def _prefill(cache: KVCache, layer: int, history: list[Tensor], tables: list[list[int]]) -> None:
+    for kv, table in zip(history, tables, strict=True):
+        positions = torch.arange(len(kv))
+        attention = PackedPrefill((len(kv),), positions, torch.tensor(_slots(table, range(len(kv)))), cache)
+        attention.attend(layer, torch.zeros(len(kv), HEADS, HEAD_DIM), kv)
+
+
+def _decode(cache: KVCache, tables: list[list[int]], lengths: list[int]) -> PagedDecode:
+    positions = torch.tensor([length - 1 for length in lengths])
+    slots = [_slots(table, [length - 1])[0] for table, length in zip(tables, lengths, strict=True)]
+    padded = torch.tensor([table + [0] * (3 - len(table)) for table in tables])
+    visible = torch.arange(12) <= positions.unsqueeze(1)
+    return PagedDecode(positions, torch.tensor(slots), padded, visible[:, None, None], cache)
+
+
+def test_a_new_cache_holds_zeros_and_costs_what_block_bytes_says() -> None:
+    cache = KVCache(CONFIG, num_blocks=5, block_size=4, device=CPU, dtype=torch.bfloat16)
+    assert cache.storage.dtype is torch.bfloat16
+    assert not cache.storage.any()
+    assert cache.storage.nbytes == 5 * KVCache.block_bytes(CONFIG, 4, torch.bfloat16)
