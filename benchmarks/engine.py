@@ -115,9 +115,8 @@ def peer(checkpoint: Path, inputs: list[ModelInput], args: argparse.Namespace) -
     from transformers import Idefics3ForConditionalGeneration
 
     device = torch.device(args.device)
-    loaded = Idefics3ForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, args.dtype))
-    model: Any = loaded.eval()
-    model.to(device)
+    model: Any = Idefics3ForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, args.dtype))
+    model.to(device).eval()
     model.generation_config.eos_token_id = None  # both generate exactly the asked number of tokens
     clock = Clock(device)
     _watch(model, clock)

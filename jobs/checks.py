@@ -14,12 +14,12 @@ from pydantic_core import PydanticCustomError
 from jobs.explain import holds_secret
 from pipeline.job import EngineOptions, Model, Output, Source, Task
 from pipeline.records import FIXED_COLUMNS
+from smolvlm.hub import BUNDLED, COMMIT, HUB_ID
 
 SCHEMES = ("s3", "gs", "hf", "az", "abfs", "http", "https", "file", "memory")
 _READ_ONLY = ("http", "https")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-_REVISION = re.compile(r"[0-9a-f]{40}")
 
 
 def refuse(key: str, value: object, remedy: str) -> NoReturn:
@@ -60,16 +60,16 @@ def output(value: Output) -> Output:
 
 def model(value: Model) -> Model:
     """Return `value` if it is `bundled`, a directory that exists, or a hub id with a pinned revision."""
-    if value.id == "bundled":
+    if value.id == BUNDLED:
         _check_unpinned(value)
     elif Path(value.id).expanduser().is_dir():
         _check_checkpoint_directory(value)
         return replace(value, id=_absolute(value.id))
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", value.id) or value.id.startswith("."):
+    elif not HUB_ID.fullmatch(value.id):
         refuse(
             "id", value.id, "no such directory; give a checkpoint directory, a hub id such as owner/model, or `bundled`"
         )
-    elif not _REVISION.fullmatch(value.revision or ""):
+    elif not COMMIT.fullmatch(value.revision or ""):
         remedy = "a hub model is pinned: give the full commit id, 40 hex digits, from the model page's history"
         refuse("revision", value.revision, remedy)
     return value

@@ -73,15 +73,19 @@ def _upload(images: Mapping[str, bytes], endpoint_url: str) -> str:
     return folder.uri
 
 
-def _checkpoint() -> Path:
-    """Return the demo checkpoint, built on the first call and kept in the user's cache."""
+def checkpoint_directory() -> Path:
+    """Return where the demo checkpoint is kept: the user's cache, one folder per way of making it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smolvlm-pipeline"
     recipe = hashlib.sha256(Path(demo_model.__file__).read_bytes()).hexdigest()[:12]
-    target = cache / f"demo-256m-{recipe}"
+    return cache / f"demo-256m-{recipe}"
+
+
+def _checkpoint() -> Path:
+    target = checkpoint_directory()
     if not target.exists():
         print(f"building the demo checkpoint in {target}", flush=True)
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             # Renamed when whole, so that an interrupted build is never taken for a checkpoint.
             demo_model.build_demo_checkpoint(Path(folder) / "new").rename(target)
     return target
@@ -108,7 +112,7 @@ def _print_rows(output: Path) -> None:
 def _said(row: Mapping[str, Any]) -> str:
     if row["status"] == "error":
         return f"{row['error']['code']}: {row['error']['message'][:70]}"
-    return " | ".join(" ".join(row[task]["text"].split()) for task in ("what", "reading"))
+    return " | ".join(" ".join(row[task]["text"].split())[:60] for task in ("what", "reading"))
 
 
 def _duckdb_line(output: Path) -> str:

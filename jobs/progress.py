@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 
 from pipeline.run import Progress, Summary
 
-_LINE_PERIOD_S = 2.0
+_LINE_PERIOD_S = 5.0
 
 
 class Display(Protocol):
@@ -39,7 +39,7 @@ def display(stream: TextIO) -> Iterator[Display]:
 
 
 class LineDisplay:
-    """One JSON object a line: the first state, then one every two seconds, and the last."""
+    """One JSON object a line: the first state, then one every five seconds, and the last."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -47,7 +47,7 @@ class LineDisplay:
         self._held: Progress | None = None
 
     def __call__(self, progress: Progress) -> None:
-        """Write the state, or hold it until two seconds have passed."""
+        """Write the state, or hold it until five seconds have passed."""
         self._held = progress
         if time.monotonic() - self._last_s >= _LINE_PERIOD_S:
             self.flush()

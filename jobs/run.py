@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from pipeline.job import Job
+from pipeline.errors import ConfigError
+from pipeline.job import Job, Model
+from smolvlm.hub import resolve_checkpoint
 
 if TYPE_CHECKING:
     from jobs.progress import Display
@@ -30,9 +32,20 @@ def execute(job: Job, display: "Display", address: str | None = None) -> "Summar
     from pipeline.run import check_destination, run
 
     check_destination(job)
+    fetch_checkpoint(job.model)
     drain = threading.Event()
     with ray_session(address), draining(drain, display.say):
         return run(job, on_progress=display, drain=drain)
+
+
+def fetch_checkpoint(model: Model) -> None:
+    """Have the checkpoint on this machine before anything starts. Raises ConfigError if it cannot be had."""
+    try:
+        resolve_checkpoint(model.id, model.revision)
+    except (OSError, ValueError) as error:  # the hub client's own errors are OSErrors
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        remedy = "check the name, the network and HF_TOKEN, or give the directory of a checkpoint"
+        raise ConfigError(f"model.id {model.id}: {reason}; {remedy}") from error
 
 
 @contextmanager

@@ -85,20 +85,21 @@ def _decode(data: bytes, options: DecoderOptions) -> tuple[dict[str, Any], Tiles
         decoded = decode_image(data, options.limits)
         answer |= {"width": decoded.width, "height": decoded.height, "format": decoded.format}
         tiles = split_image(decoded.image, options.config, options.policy)
-    except ImageError as error:
-        return answer | {"code": error.code, "message": str(error)}, None
-    except MemoryError:
-        return answer | {
-            "code": "out_of_memory",
-            "message": f"decoding needs more than {options.memory_bytes} bytes",
-        }, None
     except Exception as error:  # whatever a codec raises is this image's error, not the batch's
-        return answer | {"code": "decode_failed", "message": f"{type(error).__name__}: {error}"[:500]}, None
+        return answer | _failure(error, options), None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     pixels = tiles.pixels
     grid = {"num_tiles": len(pixels), "rows": tiles.rows, "cols": tiles.cols, "num_bytes": pixels.nbytes}
     return answer | grid, tiles
+
+
+def _failure(error: Exception, options: DecoderOptions) -> dict[str, str]:
+    if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+        return {"code": "out_of_memory", "message": f"decoding needs more than {options.memory_bytes} bytes"}
+    if isinstance(error, ImageError):
+        return {"code": error.code, "message": str(error)}
+    return {"code": "decode_failed", "message": f"{type(error).__name__}: {error}"[:500]}
 
 
 def _read_length(stream: BinaryIO) -> int | None:

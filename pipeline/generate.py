@@ -99,7 +99,7 @@ class SmolVLMAnswerer:
         self._loop.close()
 
     def _answer(self, done: "Completion") -> Answer:
-        text = self._processor.decode(done.token_ids)
+        text = self._processor.decode(done.token_ids).strip()  # the first token carries a space of its own
         return Answer(text, done.finish_reason, done.prompt_tokens, len(done.token_ids), done.mean_logprob)
 
 
@@ -114,8 +114,8 @@ class GenerateWorker:
         self._schema = output_schema(job.tasks)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Return the block's rows with the job's output schema; the tiles end here."""
-        if block.num_rows == 0:
+        """Return the block's rows with the job's output schema, none of them while draining; the tiles end here."""
+        if block.num_rows == 0 or self._control.is_draining():
             return self._schema.empty_table()
         pending = [self._submit(block, index) for index in range(block.num_rows)]
         try:

@@ -15,7 +15,7 @@ TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4
 TIFF_INTEGERS = {3: "H", 4: "I", 16: "Q"}
 TIFF_DATA = ((273, 279), (324, 325))  # offsets and byte counts of strips, and of tiles
 MAX_STEPS = 500_000  # a hostile file of tiny blocks must not keep the walk busy; what it cannot tell, Pillow decides
-BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
+BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 
 # Formats that buckets hold and this package refuses by name. (offset, bytes) → name
 KNOWN = {
@@ -95,11 +95,11 @@ def _starts(data: bytes, magic: bytes) -> bool:
 
 
 def _looks_like_bmp(data: bytes) -> bool:
-    """`BM` begins English words too: the reserved bytes and the size of the second header must fit."""
-    reserved, header = data[6:10], data[14:18]
-    if not _starts(data, b"BM") or reserved.strip(b"\0"):
+    """`BM` begins words too: the size of the second header must fit; in a shorter file, the reserved bytes are zero."""
+    if not _starts(data, b"BM"):
         return False
-    return len(header) < 4 or int.from_bytes(header, "little") in BMP_HEADERS
+    header = data[14:18]
+    return int.from_bytes(header, "little") in BMP_HEADERS if len(header) == 4 else not data[6:10].strip(b"\0")
 
 
 def _sniff_text(head: bytes) -> str | None:
@@ -172,7 +172,7 @@ def _webp(data: bytes) -> bool | None:
 def _bmp(data: bytes) -> bool | None:
     """The pixel array's offset and size; compressed bitmaps state the size, plain ones imply it."""
     start, header = struct.unpack_from("<II", data, 10)
-    if header < 40:
+    if header == 12:
         width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
         return bool(start + _bmp_rows(width, height, bits) <= len(data))
     width, height, _, bits, compression, size = struct.unpack_from("<iiHHII", data, 18)

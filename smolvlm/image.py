@@ -57,10 +57,23 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What `decode_image` refuses before it decodes: pixels as the header states them, bytes of the file."""
+    """What `decode_image` refuses before it decodes: pixels as the header states them, bytes of the file.
+
+    Pillow's own guard (twice PIL.Image.MAX_IMAGE_PIXELS) stays on behind it. Raises ValueError for a limit beyond that.
+    """
 
     max_pixels: int = 50_000_000
     max_bytes: int = 100_000_000
+
+    def __post_init__(self) -> None:
+        if min(self.max_pixels, self.max_bytes) < 1:
+            raise ValueError(f"max_pixels {self.max_pixels} and max_bytes {self.max_bytes} must be at least 1")
+        guard = Image.MAX_IMAGE_PIXELS
+        if guard is not None and self.max_pixels > 2 * guard:
+            raise ValueError(
+                f"max_pixels {self.max_pixels} is above what Pillow opens ({2 * guard}); lower it, or raise "
+                "PIL.Image.MAX_IMAGE_PIXELS"
+            )
 
 
 @dataclass(frozen=True)

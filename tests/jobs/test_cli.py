@@ -12,17 +12,25 @@ from typing import Any
 
 import yaml
 from PIL import Image
+from typer.testing import CliRunner, Result
 
 from jobs import spec
+from jobs.cli import app
 from pipeline.storage import Location
 
+# The script for what needs a process of its own; `verify` and its like run in this one.
 SMOLVLM = Path(sys.executable).with_name("smolvlm")
+COUNT = 1000  # images of the interrupted run: many seconds of work on any machine
 Done = subprocess.CompletedProcess[str]
 
 
 def smolvlm(*arguments: str | Path, **environment: str) -> Done:
     command = [str(SMOLVLM), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, **environment})
+
+
+def verified(destination: Path | str, *options: str) -> Result:
+    return CliRunner().invoke(app, ["verify", str(destination), *options])
 
 
 def objects(text: str) -> list[dict[str, Any]]:
@@ -69,8 +77,8 @@ def test_run_verify_and_resume(tmp_path: Path, tiny_checkpoint: Path, ray_cluste
     assert again.returncode == 0, again.stderr
     assert {"rows": 5, "error": 1, "resumed_rows": 5}.items() <= json.loads(again.stdout).items()
 
-    checked = smolvlm("verify", tmp_path / "out", "--json")
-    assert checked.returncode == 0, checked.stderr
+    checked = verified(tmp_path / "out", "--json")
+    assert checked.exit_code == 0
     counts = {"inputs": 5, "rows": 5, "ok": 4, "error": 1, "missing": 0, "duplicate": 0, "unreadable": 0}
     assert json.loads(checked.stdout) == {**counts, "errors_by_code": summary["errors_by_code"]}
 
@@ -78,7 +86,7 @@ def test_run_verify_and_resume(tmp_path: Path, tiny_checkpoint: Path, ray_cluste
     damaged = smolvlm("verify", tmp_path / "out", "--json")
     assert damaged.returncode == 1
     assert json.loads(damaged.stdout)["missing"] > 0
-    assert smolvlm("verify", tmp_path / "out").stdout.splitlines()[-1] == "NOT complete"
+    assert verified(tmp_path / "out").stdout.splitlines()[-1] == "NOT complete"
 
 
 def test_from_s3_to_s3_with_options_over_the_job_file(
@@ -95,7 +103,7 @@ def test_from_s3_to_s3_with_options_over_the_job_file(
     done = smolvlm("run", job, "--json", *options)
     assert done.returncode == 0, done.stderr
     assert {"inputs": 3, "ok": 3, "output_uri": "s3://test/cli/out"}.items() <= json.loads(done.stdout).items()
-    assert smolvlm("verify", "s3://test/cli/out", "--endpoint-url", s3).returncode == 0
+    assert verified("s3://test/cli/out", "--endpoint-url", s3).exit_code == 0
 
 
 def test_caption_on_a_ray_of_its_own_then_another_task_is_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:
@@ -118,8 +126,8 @@ def test_caption_on_a_ray_of_its_own_then_another_task_is_refused(tmp_path: Path
 def test_the_first_interrupt_drains_and_a_second_run_finishes(
     tmp_path: Path, tiny_checkpoint: Path, ray_cluster: str
 ) -> None:
-    images = draw_images(tmp_path / "images", 3000)
-    tasks = [{"name": name, "prompt": "What is this?", "max_new_tokens": 40} for name in ("a", "b")]
+    images = draw_images(tmp_path / "images", COUNT)
+    tasks = [{"name": name, "prompt": "What is this?", "max_new_tokens": 32} for name in ("a", "b")]
     job = write_job(tmp_path, tiny_checkpoint, images, tasks=tasks)
     command = [str(SMOLVLM), "run", str(job), "--address", ray_cluster]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -132,14 +140,14 @@ def test_the_first_interrupt_drains_and_a_second_run_finishes(
     assert process.returncode == 130, err
     summary = objects(out)[-1]
     assert summary["interrupted"]
-    assert 0 < summary["rows"] < 3000
-    missing = json.loads(smolvlm("verify", tmp_path / "out", "--json").stdout)
-    assert (missing["rows"], missing["missing"], missing["duplicate"]) == (summary["rows"], 3000 - summary["rows"], 0)
+    assert 0 < summary["rows"] < COUNT
+    missing = json.loads(verified(tmp_path / "out", "--json").stdout)
+    assert (missing["rows"], missing["missing"], missing["duplicate"]) == (summary["rows"], COUNT - summary["rows"], 0)
 
     done = smolvlm("run", job, "--json", "--address", ray_cluster)
     assert done.returncode == 0, done.stderr
-    assert {"rows": 3000, "resumed_rows": summary["rows"]}.items() <= json.loads(done.stdout).items()
-    assert smolvlm("verify", tmp_path / "out").returncode == 0
+    assert {"rows": COUNT, "resumed_rows": summary["rows"]}.items() <= json.loads(done.stdout).items()
+    assert verified(tmp_path / "out").exit_code == 0
 
 
 def wait_for_rows(data: Path) -> None:

@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llama() -> Any:
+def llama(checkpoint: Path) -> Any:
     """transformers reads the GGUF file itself; rounded to bfloat16 as ours is on disk."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -42,7 +42,8 @@ def llama() -> Any:
     assert package is not None
     assert package.submodule_search_locations is not None
     file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    config = LlamaConfig.from_pretrained(file.parent, gguf_file=file.name)
+    text = json.loads((checkpoint / "config.json").read_text())["text_config"]
+    config = LlamaConfig.from_dict(text | {"vocab_size": 49152, "pad_token_id": None})
     with torch.device("meta"):
         shapes: Any = LlamaForCausalLM(config)
     read: Any = load_gguf_checkpoint

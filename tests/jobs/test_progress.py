@@ -53,7 +53,7 @@ def test_lines_are_spaced_and_the_last_state_is_never_lost(monkeypatch: pytest.M
     stream = io.StringIO()
     with display(stream) as shown:
         for second in range(5):
-            clock[0] = 100.0 + second
+            clock[0] = 100.0 + 2.5 * second
             shown(state(done=second))
         shown.say("stopping")
         shown(state(done=5))

@@ -2,10 +2,14 @@ import os
 import signal
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 
-from jobs.run import draining, ray_session
+from jobs.run import draining, fetch_checkpoint, ray_session
+from pipeline.errors import ConfigError
+from pipeline.job import Model
+from smolvlm import hub
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -36,3 +40,16 @@ def test_a_ray_that_runs_here_is_used_and_left_running(ray_cluster: str) -> None
     with warnings.catch_warnings(), ray_session():
         assert ray.get_runtime_context().gcs_address == ray_cluster
     assert ray.is_initialized()
+
+
+def test_a_checkpoint_that_cannot_be_had_is_a_config_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    fetch_checkpoint(Model(str(tiny_checkpoint)))
+    monkeypatch.setattr(hub, "BUNDLED_DIRECTORY", tmp_path)
+    with pytest.raises(ConfigError, match="carries no checkpoint"):
+        fetch_checkpoint(Model("bundled"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"owner/model: .*HF_TOKEN"):
+        fetch_checkpoint(Model("owner/model", "a" * 40))

@@ -91,7 +91,7 @@ def test_of_twenty_racing_writers_exactly_one_wins(
 ) -> None:
     uri = str(tmp_path) if store == "file" else f"s3://test/race-{next(_names)}"
     endpoint = None if store == "file" else request.getfixturevalue("s3")
-    for round_ in range(3):
+    for round_ in range(2):
         location = Location(f"{uri}/{round_}", endpoint)
         with ThreadPoolExecutor(20) as pool:
             won = list(pool.map(lambda i, at=location: at.put_if_absent(b"%d" % i * 1000), range(20)))  # type: ignore[misc]
@@ -160,16 +160,15 @@ def forbidden(s3: str) -> Iterator[Location]:
 
 def test_a_flaky_store_loses_nothing_and_costs_half_again_as_many_requests(s3: str) -> None:
     """20 % answers of 503, 5 % resets, 5 % short bodies."""
-    contents = {f"{i:03d}": (b"%03d" % i) * 700 for i in range(120)}
+    contents = {f"{i:03d}": (b"%03d" % i) * 700 for i in range(100)}
     healthy = Location("s3://test/flaky", s3)
     with flaky_proxy(s3, seed=5) as proxy, ThreadPoolExecutor(24) as pool:
         place = Location(healthy.uri, proxy.url)
         list(pool.map(lambda item: place.child(item[0]).put(item[1]), contents.items()))
         read = list(pool.map(lambda name: place.child(name).read(), contents))
         listed = [info.uri.rpartition("/")[2] for info in place.list()]
-        assert proxy.faults > 100
-        assert written <= 1.5 * len(contents)
-        assert proxy.requests - written <= 1.5 * (len(contents) + 2)
+        assert proxy.faults > 50
+        assert proxy.requests <= 1.5 * (2 * len(contents) + 2)
     assert read == list(contents.values())
     assert listed == list(contents)
     assert {name: healthy.child(name).read() for name in contents} == contents

@@ -86,6 +86,30 @@ def test_theta_is_found_where_older_configs_keep_it(rewrite: Callable[..., Path]
     assert ModelConfig.from_pretrained(rewrite(config=change)).text.rope_theta == 273768.0
 
 
+FIRST_2B = """{
+"scale_factor": 3, "image_token_id": 49153, "vocab_size": 49155, "pad_token_id": 128002,
+"vision_config": {"model_type": "idefics3", "hidden_size": 1152, "image_size": 384, "intermediate_size": 4304,
+    "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "use_base_siglip": false,
+    "max_image_size": {"longest_edge": 384}, "size": {"longest_edge": 1536}, "tie_word_embeddings": false},
+"text_config": {"model_type": "llama", "architectures": ["VLlama3ForCausalLM"], "hidden_size": 2048,
+    "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "rope_scaling": null, "rope_theta": 273768.0, "max_position_embeddings": 16384, "vocab_size": 49155,
+    "rms_norm_eps": 1e-05, "pad_token_id": 2, "pixel_shuffle_factor": 3, "qk_layer_norms": false}
+}"""
+
+
+def test_the_first_2b_checkpoint(rewrite: Callable[..., Path]) -> None:
+    """Written by early training code: theta in its old place, keys that nobody reads any more."""
+
+    def change(config: dict[str, Any]) -> None:
+        config |= json.loads(FIRST_2B)
+
+    config = ModelConfig.from_pretrained(rewrite(config=change))
+    assert (config.vision.head_dim, config.vision.num_patches, config.image_seq_len) == (72, 729, 81)
+    assert (config.text.head_dim, config.text.num_kv_heads, config.text.rope_theta) == (64, 32, 273768.0)
+    assert (config.text.vocab_size, config.text.max_positions, config.text.rms_norm_eps) == (49155, 16384, 1e-5)
+
+
 def test_a_missing_theta_is_not_guessed(rewrite: Callable[..., Path]) -> None:
     directory = rewrite(config=lambda config: config["text_config"].pop("rope_parameters"))
     with pytest.raises(ValueError, match="names no rope_theta"):

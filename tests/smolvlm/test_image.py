@@ -357,6 +357,13 @@ def test_limits_hold_at_their_border() -> None:
     assert code_of(data, ImageLimits(max_bytes=len(data) - 1)) == "too_many_bytes"
 
 
+def test_limits_that_cannot_hold_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_pixels 0 and"):
+        ImageLimits(max_pixels=0)
+    with pytest.raises(ValueError, match=r"max_pixels 1000000000 is above what Pillow opens \(178956970\)"):
+        ImageLimits(max_pixels=10**9)
+
+
 def test_what_is_no_image() -> None:
     assert code_of(b"") == "empty"
     assert code_of(b"<html>not found</html>") == "not_an_image"

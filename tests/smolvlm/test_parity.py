@@ -92,6 +92,7 @@ def _make_checkpoint(case: Case, directory: Path) -> None:
         num_text_layers=case.text_layers,
         num_vision_layers=case.vision_layers,
         tokenizer_file=PUBLISHED / "tokenizer.json",
+        dtype="bfloat16",  # on disk; both compute in float32
     )
     config = json.loads((published / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = case.text_layers or config["text_config"]["num_hidden_layers"]

@@ -38,33 +38,49 @@ def test_transformers_loads_every_weight_and_misses_none(tiny_checkpoint: Path) 
     assert all(torch.equal(loaded[name], stored[name]) for name in stored)
 
 
-@pytest.mark.parametrize("size", ["256m", "500m", "2.2b"])
-def test_presets_have_the_weights_of_the_published_architecture(size: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module", params=PUBLISHED)
+def preset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The name of a published size, and a checkpoint of it without layers."""
+    tokenizer = DATA / "tokenizer.json"
+    directory = create_checkpoint(
+        tmp_path_factory.mktemp(request.param),
+        request.param,
+        num_text_layers=0,
+        num_vision_layers=0,
+        tokenizer_file=tokenizer if tokenizer.exists() else None,
+        dtype="bfloat16",
+    )
+    return request.param, directory
+
+
+def full_config(size: str, directory: Path) -> dict[str, Any]:
+    """config.json as it would be with all layers."""
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = SIZES[size].text.num_hidden_layers
+    config["vision_config"]["num_hidden_layers"] = SIZES[size].vision.num_hidden_layers
+    return config
+
+
+def test_presets_have_the_weights_of_the_published_architecture(preset: tuple[str, Path]) -> None:
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
-    directory = create_checkpoint(tmp_path, size, num_text_layers=0, num_vision_layers=0, dtype="bfloat16")
-    full = json.loads((directory / "config.json").read_text())
-    full["text_config"]["num_hidden_layers"] = SIZES[size].text.num_hidden_layers
-    full["vision_config"]["num_hidden_layers"] = SIZES[size].vision.num_hidden_layers
+    size, directory = preset
     with torch.device("meta"):
-        model = Idefics3ForConditionalGeneration(Idefics3Config.from_dict(full))
+        model = Idefics3ForConditionalGeneration(Idefics3Config.from_dict(full_config(size, directory)))
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     assert dict(weight_shapes(SIZES[size])) == expected
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
-def test_presets_write_the_published_files(size: str, tmp_path: Path) -> None:
+def test_presets_write_the_published_files(preset: tuple[str, Path]) -> None:
     if not DATA.exists():
         pytest.skip("the published configs and tokenizer are not beside this checkout")
-    layers = {"num_text_layers": 0, "num_vision_layers": 0}
-    create_checkpoint(tmp_path, size, tokenizer_file=DATA / "tokenizer.json", dtype="bfloat16", **layers)
+    size, directory = preset
     for file in (DATA / PUBLISHED[size]).glob("*.json"):
-        written, published = json.loads((tmp_path / file.name).read_text()), json.loads(file.read_text())
+        written = json.loads((directory / file.name).read_text())
         if file.name == "config.json":
-            written["text_config"]["num_hidden_layers"] = SIZES[size].text.num_hidden_layers
-            written["vision_config"]["num_hidden_layers"] = SIZES[size].vision.num_hidden_layers
-        assert written == published, file.name
-    assert (tmp_path / "tokenizer.json").read_bytes() == (DATA / "tokenizer.json").read_bytes()
+            written = full_config(size, directory)
+        assert written == json.loads(file.read_text()), file.name
+    assert (directory / "tokenizer.json").read_bytes() == (DATA / "tokenizer.json").read_bytes()
 
 
 def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:

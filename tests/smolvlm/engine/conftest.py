@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def make_input(processor: Processor) -> MakeInput:
 
 @pytest.fixture(scope="session")
 def make_engine(tiny_checkpoint: Path) -> MakeEngine:
-    def make(**options: int) -> Engine:
+    def make(**options: Any) -> Engine:
         return Engine.from_pretrained(tiny_checkpoint, **options)
 
     return make

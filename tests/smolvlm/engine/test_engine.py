@@ -53,9 +53,9 @@ def _tokens(completions: list[Completion]) -> list[list[int]]:
 
 def _same(ours: list[Completion], theirs: list[Completion]) -> bool:
     """Equal answers; log-probabilities may differ by rounding between batches."""
-    stripped = [[replace(each, mean_logprob=0.0) for each in side] for side in (ours, theirs)]
-    logprobs = [[each.mean_logprob for each in side] for side in (ours, theirs)]
-    return stripped[0] == stripped[1] and np.allclose(*logprobs, atol=1e-4)
+    pairs = list(zip(ours, theirs, strict=True))
+    near = all(abs(one.mean_logprob - other.mean_logprob) < 1e-4 for one, other in pairs)
+    return near and all(replace(one, mean_logprob=other.mean_logprob) == other for one, other in pairs)
 
 
 def test_answers_come_in_order_and_equal_those_alone(engine: Engine, inputs: list[ModelInput]) -> None:

@@ -3,12 +3,16 @@ import gc
 import numpy as np
 import torch
 
-from smolvlm.engine.images import ImageStore
+from smolvlm.engine.images import EncodedImage, ImageStore
 from smolvlm.image import Tiles
 
 
 def _tiles(count: int = 2) -> Tiles:
     return Tiles(np.zeros((count, 4, 4, 3), dtype=np.uint8), 0, 0)
+
+
+def _held(image: EncodedImage) -> set[str]:
+    return {name for name in ("pixels", "features") if getattr(image, name) is not None}
 
 
 def test_the_same_tiles_are_one_image_and_equal_ones_are_two() -> None:
@@ -23,23 +27,24 @@ def test_pixels_go_once_encoded_and_features_with_the_last_user() -> None:
     image = store.acquire(tiles)
     store.acquire(tiles)
     image.store(0, torch.ones(2, 5, 8))
-    assert image.pixels is not None
+    assert (image.num_encoded, image.num_tiles) == (2, 3)
     image.store(2, torch.full((1, 5, 8), 2.0))
     assert image.is_encoded
-    assert image.pixels is None
+    assert _held(image) == {"features"}
     assert image.embeddings.mean(-1).tolist() == [1.0] * 10 + [2.0] * 5
     store.release(image)
-    assert image.features is not None
+    assert _held(image) == {"features"}
     store.release(image)
-    assert image.features is None
+    assert _held(image) == set()
     assert len(store) == 0
 
 
 def test_an_image_released_early_drops_its_pixels() -> None:
     store = ImageStore()
     image = store.acquire(_tiles())
+    assert _held(image) == {"pixels"}
     store.release(image)
-    assert image.pixels is None
+    assert _held(image) == set()
 
 
 def test_new_tiles_at_the_address_of_gone_ones_are_another_image() -> None:
