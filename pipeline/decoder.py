@@ -99,25 +99,30 @@ class Decoder:
             return view[:size]
 
     def _start(self) -> "subprocess.Popen[bytes]":
+        for _ in range(MAX_CRASHES):
+            process = self._process = self._spawn()
+            assert process.stdout is not None
+            if process.stdout.readline() == READY:
+                return process
+            exit_code = self._stop()
+        raise PipelineError(
+            f"the decoder process does not start (exit code {exit_code}); its output is in the worker's log"
+        )
+
+    def _spawn(self) -> "subprocess.Popen[bytes]":
         # Ray's workers extend sys.path at run time; the child must find the same packages.
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "OMP_NUM_THREADS": "1",
         }
         descriptor = self._shared.fileno()
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "pipeline.decode_process", self._options.to_json(), str(descriptor)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=(descriptor,),
             env=environment,
         )
-        assert self._process.stdout is not None
-        if self._process.stdout.readline() != READY:
-            raise PipelineError(
-                f"the decoder process does not start (exit code {self._stop()}); its output is in the worker's log"
-            )
-        return self._process
 
     def _stop(self) -> int:
         """Reap the child, killing it if it has not ended, and return its exit code."""
@@ -136,7 +141,7 @@ class Decoder:
 
 
 def _shared_file() -> BinaryIO:
-    """Return memory as a file. Not one in /dev/shm: containers give that 64 MB, and a write beyond it kills the writer."""
+    """Return memory as a file. Not one in /dev/shm: containers give that 64 MB, and a write beyond kills the writer."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("tiles"), "w+b")
     return tempfile.TemporaryFile()

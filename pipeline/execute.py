@@ -4,6 +4,7 @@ Every task takes one block and gives one block of the same rows. Ray rebuilds a 
 and only a task whose rows are a function of its input can be run again without losing or doubling any.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -83,12 +84,17 @@ def _ray_errors(destination: Location) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-        message = str(cause).strip().splitlines()[-1] if str(cause).strip() else ""
         raise PipelineError(
-            f"the run stopped: {type(cause).__name__}: {message}. What is committed in {destination.uri} "
-            "stays; run the same job again to go on from there."
+            f"the run stopped: {_root_cause(error)}\nWhat is committed in {destination.uri} stays; run the same job "
+            "again to go on from there."
         ) from error
+
+
+def _root_cause(error: BaseException) -> str:
+    """Return the line of a worker's traceback that says what went wrong; Ray carries it as text, root first."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)\b: ", line)]
+    return (named or [line for line in lines if line] or [type(error).__name__])[0]
 
 
 @contextmanager

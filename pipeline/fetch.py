@@ -38,7 +38,7 @@ class Fetcher:
         calls = [
             call for _, run in groupby(refs, key=lambda ref: (ref.kind, ref.uri)) for call in self._calls(list(run))
         ]
-        if len(calls) == 1 or not self._at(refs[0].uri).is_remote:
+        if len(calls) <= 1 or not self._at(refs[0].uri).is_remote:
             parts = [call() for call in calls]
         else:
             parts = list(self._pool.map(lambda call: call(), calls))
@@ -52,11 +52,14 @@ class Fetcher:
         if run[0].kind == "parquet":
             yield lambda: [self._guarded(ref, self._read_parquet) for ref in run]
         elif run[0].kind == "tar":
-            for span in _spans(run):
+            for span in _spans(run, self._is_wanted):
                 yield lambda span=span: self._read_span(span)  # type: ignore[misc]
         else:
             for ref in run:
                 yield lambda ref=ref: [self._guarded(ref, self._read_object)]  # type: ignore[misc]
+
+    def _is_wanted(self, ref: ImageRef) -> bool:
+        return ref.listed_error is None and (ref.size or 0) <= self._max_bytes
 
     def _guarded(self, ref: ImageRef, read: Callable[[ImageRef], bytes]) -> Fetched:
         """Refuse what the manifest already knows to be bad, then read."""
@@ -88,7 +91,7 @@ class Fetcher:
 
     def _read_span(self, span: list[ImageRef]) -> list[Fetched]:
         """Read neighbouring members with one request and cut them apart."""
-        good = [ref for ref in span if ref.listed_error is None and (ref.size or 0) <= self._max_bytes]
+        good = [ref for ref in span if self._is_wanted(ref)]
         if not good:
             return [self._guarded(ref, self._read_object) for ref in span]
         start = good[0].offset or 0
@@ -116,16 +119,18 @@ def _cut(view: memoryview, ref: ImageRef, start: int) -> bytes:
     return data
 
 
-def _spans(run: list[ImageRef]) -> Iterator[list[ImageRef]]:
-    """Cut a run of members where the archive has more between two of them than a request is worth."""
+def _spans(run: list[ImageRef], is_wanted: Callable[[ImageRef], bool]) -> Iterator[list[ImageRef]]:
+    """Cut a run of members where the archive has more between two wanted ones than a request is worth."""
     span: list[ImageRef] = []
     end = 0
     for ref in run:
-        if span and (ref.offset or 0) - end > _GAP_BYTES:
+        wanted = is_wanted(ref)
+        if span and wanted and (ref.offset or 0) - end > _GAP_BYTES:
             yield span
             span = []
         span.append(ref)
-        end = (ref.offset or 0) + (ref.size or 0)
+        if wanted:
+            end = (ref.offset or 0) + (ref.size or 0)
     if span:
         yield span
 

@@ -41,6 +41,8 @@ def resolve_overlaps(destination: Location, commits: list[Commit], manifest: Man
     kept: list[Commit] = []
     held = ranges.empty()
     for commit in commits:
+        if any(commit.name == other.name for other in kept):
+            continue  # a replacement that an interrupted attempt had written before
         if ranges.count(ranges.intersection(commit.rows, held)):
             commit_or_none = _without(destination, commit, held, manifest)
             if commit_or_none is None:

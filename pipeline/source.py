@@ -173,10 +173,9 @@ def _matching(base: Location, pattern: Pattern[str] | None) -> Iterator[ObjectIn
     root = base.path.rstrip("/") + "/"
     try:
         for info in base.list():
-            path = base.at(info.uri).path
-            if path == base.path:  # the source is this one object
-                yield info
-            elif pattern.match(path.removeprefix(root)) if pattern else not _is_hidden(path.removeprefix(root)):
+            relative = base.at(info.uri).path.removeprefix(root)
+            is_named = relative == base.path  # the source is this one object
+            if is_named or (pattern.match(relative) if pattern else not _is_hidden(relative)):
                 yield info
     except (FileNotFoundError, PermissionError) as error:
         raise ConfigError(
@@ -206,14 +205,25 @@ def _read_list_rows(location: Location, column: str | None) -> Iterator[ObjectIn
             parquet = pq.ParquetFile(file)
             name = _uri_column(parquet.schema_arrow.names, column, location)
             for batch in parquet.iter_batches(columns=[name]):
-                yield from (ObjectInfo(str(uri), None, None) for uri in batch.column(0).to_pylist())
+                yield from (ObjectInfo(_uri_of(row, name, location), None, None) for row in batch.to_pylist())
             return
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # spreadsheets put a byte order mark first
-        rows: Iterator[Any] = csv.DictReader(lines) if suffix == "csv" else (json.loads(x) for x in lines if x.strip())
+        rows: Iterator[dict[str, Any]] = csv.DictReader(lines) if suffix == "csv" else _json_rows(lines, location)
         name = ""
         for row in rows:
             name = name or _uri_column(row, column, location)
             yield ObjectInfo(_uri_of(row, name, location), None, None)
+
+
+def _json_rows(lines: Iterable[str], location: Location) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        row = json.loads(line) if line.strip() else {}
+        if not isinstance(row, dict):
+            raise ConfigError(
+                f"list {location.uri}: a line is not an object: {line[:200]!r}. Write one as {{'uri': …}}."
+            )
+        if row:
+            yield row
 
 
 def _uri_of(row: dict[str, Any], name: str, location: Location) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 DEFAULT_REPETITION_WINDOW = 192
+NEARLY_GREEDY = 1e-4  # dividing by less than this overflows, and draws nothing but the likeliest token anyway
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < NEARLY_GREEDY
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class SamplingTensors:
     def of(cls, params: Sequence[SamplingParams], device: torch.device) -> SamplingTensors | None:
         if all(each.is_greedy for each in params):
             return None
-        rows = [(each.temperature or 1.0, each.top_p, float(each.is_greedy)) for each in params]
+        rows = [(1.0 if each.is_greedy else each.temperature, each.top_p, float(each.is_greedy)) for each in params]
         temperature, top_p, greedy = torch.tensor(rows, device=device).unsqueeze(-1).unbind(1)
         return cls(temperature, top_p, greedy.bool())
 

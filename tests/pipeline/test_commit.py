@@ -74,7 +74,7 @@ def test_commits_are_read_back_from_footers_alone(destination: Location) -> None
     found = read_commits(destination, ROWS_PER_SHARD)
     assert [commit.name for commit in found] == sorted(commit.name for commit in written)
     assert sorted(numbers(commit.rows) for commit in found) == sets
-    assert numbers(committed_rows(found)) == sorted(sum(sets, []))
+    assert numbers(committed_rows(found)) == sorted(n for one in sets for n in one)
     assert read_commits(destination.child("elsewhere"), ROWS_PER_SHARD) == []
     assert not len(committed_rows([]))
 

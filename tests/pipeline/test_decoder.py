@@ -21,9 +21,7 @@ from pipeline.decoder import MAX_CRASHES, Decoder, Prepared
 from smolvlm.config import ImageConfig
 from smolvlm.image import ImageLimits, ImagePolicy, decode_image, split_image
 
-CONFIG = ImageConfig(
-    tile_size=32, longest_edge=128, do_image_splitting=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
-)
+CONFIG = ImageConfig(tile_size=32, longest_edge=128, do_image_splitting=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 POLICY = ImagePolicy(upscale=False)
 
 

@@ -5,7 +5,7 @@ import itertools
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +98,14 @@ def bad_images() -> dict[str, tuple[bytes, str]]:
     found |= {f"empty-{i}.jpg": (b"", "empty") for i in range(3)}
     texts = [b"<html>404</html>", b"PK\x03\x04" + bytes(99), b"BMW is a car, not a bitmap", bytes(1000), b"x"]
     found |= {f"text-{i}.jpg": (text, "not_an_image") for i, text in enumerate(texts)}
-    foreign = [b"%PDF-1.7\n", b"<svg xmlns='x'/>", b"8BPS\0\1", b"\0\0\1\0\1\0", b"\0\0\0\x1cftypavif", b"P6 1 1 255\n\0"]
+    foreign = [
+        b"%PDF-1.7\n",
+        b"<svg xmlns='x'/>",
+        b"8BPS\0\1",
+        b"\0\0\1\0\1\0",
+        b"\0\0\0\x1cftypavif",
+        b"P6 1 1 255\n\0",
+    ]
     found |= {f"foreign-{i}.jpg": (data.ljust(64, b"\0"), "unsupported_format") for i, data in enumerate(foreign)}
     found["pixels.png"] = (encode(Image.new("1", (8000, 8000))), "too_many_pixels")
     found["pixels.tif"] = (encode(Image.new("1", (9000, 8000)), "TIFF", compression="group4"), "too_many_pixels")
@@ -196,7 +203,9 @@ def add_archives(inputs: Inputs) -> None:
     inputs.add_parquet("tables/struct.parquet", [(d, None) for d in good_images(5000, 50)] + cells[50:51], struct=True)
     inputs.add("shards/packed.tar.gz", b"\x1f\x8b" + bytes(100), "unsupported_format", readable=False)
     inputs.add("shards/not-a.tar", b"hello" * 500, "archive_invalid", readable=False)
-    inputs.add("tables/broken.parquet", inputs.objects["tables/binary.parquet"][:-99], "parquet_invalid", readable=False)
+    inputs.add(
+        "tables/broken.parquet", inputs.objects["tables/binary.parquet"][:-99], "parquet_invalid", readable=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +249,7 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def done(
-    s3: str, ray_cluster: str, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Done]:
+def done(s3: str, ray_cluster: str, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     inputs = Inputs(Location("s3://test/large", s3))
     for i, data in enumerate(good_images(0, 230)):
         inputs.add(f"photos/{i:04d}", data)
@@ -258,8 +265,15 @@ def done(
         inputs.expected.append(Expected(inputs.uri(f"gone/{i}.jpg"), None, None, "not_found"))
     inputs.expected.append(Expected(inputs.uri("gone/archive.tar"), None, None, "not_found"))
     uris = dict.fromkeys(expected.uri for expected in inputs.expected)
-    inputs.root.child("lists/all.jsonl").put("\n".join(json.dumps({"id": i, "uri": uri}) for i, uri in enumerate(uris)).encode())
-    deny = {"Effect": "Deny", "Principal": "*", "Action": ["s3:GetObject"], "Resource": ["arn:aws:s3:::test/large/forbidden/*"]}
+    inputs.root.child("lists/all.jsonl").put(
+        "\n".join(json.dumps({"id": i, "uri": uri}) for i, uri in enumerate(uris)).encode()
+    )
+    deny = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": ["s3:GetObject"],
+        "Resource": ["arn:aws:s3:::test/large/forbidden/*"],
+    }
     policy = json.dumps({"Version": "2012-10-17", "Statement": [deny]})
     inputs.root.fs.call_s3("put_bucket_policy", Bucket="test", Policy=policy)
     source = Source(inputs.uri("lists/all.jsonl"), "list", endpoint_url=s3)
@@ -269,7 +283,7 @@ def done(
     finally:
         inputs.root.fs.call_s3("delete_bucket_policy", Bucket="test")
     files, table = read_output(job, tmp_path_factory.mktemp("large"))
-    yield Done(job, inputs, summary, files, table)
+    return Done(job, inputs, summary, files, table)
 
 
 def tiles_of(data: bytes, config: ImageConfig) -> Tiles:
@@ -360,7 +374,7 @@ def by_duckdb(files: list[Path]) -> list[dict[str, Any]]:
 
 
 def by_pandas(files: list[Path]) -> list[dict[str, Any]]:
-    import pandas
+    import pandas  # type: ignore[import-untyped]
 
     frame = pandas.concat([pandas.read_parquet(path, dtype_backend="pyarrow") for path in files])
     rows: list[dict[str, Any]] = frame.to_dict("records")
@@ -435,7 +449,7 @@ def test_the_real_engine_says_in_a_job_what_it_says_alone(
             model_input = processor.from_tiles([{"role": "user", "content": content}], [tiles])
             (alone,) = engine.generate([model_input], SamplingParams(max_new_tokens=task.max_new_tokens))
             found = row[task.name]
-            assert found["text"] == processor.decode(alone.token_ids)
+            assert found["text"] == processor.decode(alone.token_ids).strip().strip()
             assert found["finish_reason"] == alone.finish_reason
             assert (found["prompt_tokens"], found["output_tokens"]) == (alone.prompt_tokens, len(alone.token_ids))
             assert found["mean_logprob"] == pytest.approx(alone.mean_logprob, abs=1e-3)

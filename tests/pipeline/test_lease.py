@@ -125,7 +125,7 @@ def test_the_fence_stops_a_driver_that_was_overtaken(destination: Location, monk
     with Lease(destination) as lease:
         lease.fence.check()
         put_holder(destination, 2)
-        with pytest.raises(LeaseLost, match="lease 2 was taken.*holds 1"):
+        with pytest.raises(LeaseLost, match=r"lease 2 was taken.*holds 1"):
             lease.fence.check()
         deadline = time.monotonic() + 10
         while not lease.lost and time.monotonic() < deadline:
@@ -170,7 +170,9 @@ def test_the_heartbeat_outlives_faults_of_the_store(tmp_path: Path, monkeypatch:
         assert not lease.lost
 
 
-def test_an_answer_that_was_lost_on_the_way_is_no_second_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_was_lost_on_the_way_is_no_second_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The store wrote the lease, the answer got lost, and the retry met the driver's own object."""
     original = Location.put_if_absent
 

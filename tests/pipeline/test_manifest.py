@@ -69,7 +69,9 @@ def test_a_limit_takes_the_first_rows_and_stops_listing(destination: Location, l
     found = write_manifest(destination, listing(), limit)
     assert found.rows == min(limit, 3000)
     assert len(taken) == min(-(-limit // 100), 30)
-    assert uris(read_rows(destination, found, ranges.of_rows(range(found.rows)))) == [f"u{i}" for i in range(found.rows)]
+    assert uris(read_rows(destination, found, ranges.of_rows(range(found.rows)))) == [
+        f"u{i}" for i in range(found.rows)
+    ]
 
 
 @pytest.mark.usefixtures("small_parts")

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import ranges
@@ -24,6 +24,7 @@ def assert_canonical(found: Ranges) -> None:
     assert all(left[1] < right[0] for left, right in pairwise(found.tolist()))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 60)))
 def test_of_rows_takes_any_order_and_repeats(rows: list[int]) -> None:
     found = ranges.of_rows(rows)
@@ -31,6 +32,7 @@ def test_of_rows_takes_any_order_and_repeats(rows: list[int]) -> None:
     assert rows_of(found) == set(rows)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20)), max_size=12))
 def test_union_merges_unsorted_nested_and_touching_ranges(spans: list[tuple[int, int]]) -> None:
     parts = [np.array([[start, start + length]], np.int64) for start, length in spans]
@@ -39,6 +41,7 @@ def test_union_merges_unsorted_nested_and_touching_ranges(spans: list[tuple[int,
     assert rows_of(found) == {row for start, length in spans for row in range(start, start + length)}
 
 
+@settings(deadline=None)
 @given(Rows, Rows)
 def test_intersection_and_count(a: set[int], b: set[int]) -> None:
     found = ranges.intersection(ranges.of_rows(sorted(a)), ranges.of_rows(sorted(b)))
@@ -47,6 +50,7 @@ def test_intersection_and_count(a: set[int], b: set[int]) -> None:
     assert ranges.count(found) == len(a & b)
 
 
+@settings(deadline=None)
 @given(Rows, st.integers(61, 80))
 def test_complement_is_the_rest(done: set[int], total: int) -> None:
     found = ranges.complement(ranges.of_rows(sorted(done)), total)
@@ -54,6 +58,7 @@ def test_complement_is_the_rest(done: set[int], total: int) -> None:
     assert rows_of(found) == set(range(total)) - done
 
 
+@settings(deadline=None)
 @given(Rows, st.integers(1, 9))
 def test_split_keeps_order_and_fills_every_piece_but_the_last(rows: set[int], size: int) -> None:
     pieces = ranges.split(ranges.of_rows(sorted(rows)), size)

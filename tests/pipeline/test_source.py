@@ -112,7 +112,11 @@ class TestPrefixes:
     )
     def test_globs_as_a_field_and_in_the_uri(self, tmp_path: Path, glob: str, expected: set[str]) -> None:
         write(tmp_path, "a.jpg", "x/b.jpg", "x/y/c.jpg", "x/y/c.png")
-        for source in (Source(str(tmp_path), glob=glob), Source(f"{tmp_path}/{glob}"), Source(f"file://{tmp_path}/{glob}")):
+        for source in (
+            Source(str(tmp_path), glob=glob),
+            Source(f"{tmp_path}/{glob}"),
+            Source(f"file://{tmp_path}/{glob}"),
+        ):
             found = {r["uri"].removeprefix("file://").removeprefix(f"{tmp_path}/") for r in rows(source)}
             assert found == expected
 
@@ -173,7 +177,9 @@ class TestParquet:
     """Files with image bytes."""
 
     def test_rows_are_indices_over_row_groups(self, tmp_path: Path) -> None:
-        pq.write_table(pa.table({"image": pa.array([b"x"] * 7, pa.large_binary())}), tmp_path / "a.parquet", row_group_size=3)
+        pq.write_table(
+            pa.table({"image": pa.array([b"x"] * 7, pa.large_binary())}), tmp_path / "a.parquet", row_group_size=3
+        )
         found = rows(Source(str(tmp_path)))
         assert [(r["member"], r["offset"]) for r in found] == [(str(i), i) for i in range(7)]
 
@@ -294,6 +300,11 @@ class TestLists:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConfigError, match=message):
             rows(Source(str(tmp_path / name), "list"))
+
+    def test_a_null_in_a_parquet_list_is_no_uri(self, tmp_path: Path) -> None:
+        pq.write_table(pa.table({"uri": ["s3://b/1.jpg", None]}), tmp_path / "a.parquet")
+        with pytest.raises(ConfigError, match="a row has no 'uri'"):
+            rows(Source(str(tmp_path / "a.parquet"), "list"))
 
     def test_a_list_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"nothing\.csv"):

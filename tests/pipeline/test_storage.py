@@ -86,15 +86,13 @@ def test_put_if_absent_writes_once_and_keeps_the_first(place: Location) -> None:
 
 
 @pytest.mark.parametrize("store", ["file", "s3"])
-def test_of_twenty_racing_writers_exactly_one_wins(
-    store: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_of_twenty_racing_writers_exactly_one_wins(store: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     uri = str(tmp_path) if store == "file" else f"s3://test/race-{next(_names)}"
     endpoint = None if store == "file" else request.getfixturevalue("s3")
     for round_ in range(2):
         location = Location(f"{uri}/{round_}", endpoint)
         with ThreadPoolExecutor(20) as pool:
-            won = list(pool.map(lambda i, at=location: at.put_if_absent(b"%d" % i * 1000), range(20)))  # type: ignore[misc]
+            won = list(pool.map(lambda i, at=location: at.put_if_absent(b"%d" % i * 1000), range(20)))
         assert sum(won) == 1
         assert location.read() == b"%d" % won.index(True) * 1000
 
@@ -213,7 +211,9 @@ class TestRetries:
             with_retries(call)
         assert len(calls) == storage.MAX_ATTEMPTS
 
-    @pytest.mark.parametrize("error", [FileNotFoundError(), PermissionError(), FileExistsError(), ValueError(), KeyError()])
+    @pytest.mark.parametrize(
+        "error", [FileNotFoundError(), PermissionError(), FileExistsError(), ValueError(), KeyError()]
+    )
     def test_plain_refusals_and_bugs_are_not(self, error: Exception) -> None:
         call, calls = self.failing(error, 100)
         with pytest.raises(type(error)):

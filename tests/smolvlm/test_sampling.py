@@ -54,11 +54,11 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
 
 
 def test_greedy_rows_stay_greedy_beside_drawn_ones() -> None:
-    params = [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0)]
-    logits = torch.tensor([0.4, 0.6]).log().expand(3, 2)
+    params = [SamplingParams(temperature=temperature) for temperature in (0.0, 1e-30, 1.0, 1.0)]
+    logits = torch.tensor([0.4, 0.6]).log().expand(4, 2)
     sampling = SamplingTensors.of(params, CPU)
-    assert choose_tokens(logits, sampling, torch.tensor([[0.9], [0.1], [0.9]]))[0].tolist() == [1, 1, 0]
-    assert SamplingTensors.of(params[:1], CPU) is None
+    assert choose_tokens(logits, sampling, torch.tensor([[0.9], [0.9], [0.1], [0.9]]))[0].tolist() == [1, 1, 1, 0]
+    assert SamplingTensors.of(params[:2], CPU) is None
 
 
 @pytest.mark.parametrize("period", [1, 2, 7, 64])
