@@ -12,10 +12,10 @@ from itertools import groupby
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.archive import image_column
 from pipeline.errors import RowError, RowFailure
 from pipeline.job import Source
 from pipeline.records import ImageRef
-from pipeline.source import image_column
 from pipeline.storage import Location, read_failure, with_retries
 
 Fetched = bytes | RowError

@@ -141,9 +141,12 @@ class GenerateWorker:
 
 
 def tiles_of(block: pa.Table, index: int) -> Tiles:
-    """Return row `index`'s tiles, uint8 [num_tiles, S, S, 3], without copying them out of the block."""
+    """Return row `index`'s tiles, uint8 [num_tiles, S, S, 3], a view of the block's memory."""
     num_tiles = block["num_tiles"][index].as_py()
-    flat = np.frombuffer(block["tiles"][index].as_buffer(), dtype=np.uint8)
+    # `block["tiles"][index].as_buffer()` would copy: a scalar owns its bytes.
+    cell = next(chunk for chunk in block["tiles"].slice(index, 1).chunks if len(chunk))
+    start, stop = np.frombuffer(cell.buffers()[1], dtype=np.int64)[cell.offset : cell.offset + 2].tolist()
+    flat = np.frombuffer(cell.buffers()[2], dtype=np.uint8)[start:stop]
     side = math.isqrt(len(flat) // (3 * num_tiles))
     pixels = flat.reshape(num_tiles, side, side, 3)
     return Tiles(pixels=pixels, rows=block["grid_rows"][index].as_py(), cols=block["grid_cols"][index].as_py())

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from pipeline.errors import RowError
 from pipeline.job import Task
+
+Kind = Literal["object", "tar", "parquet"]
+"""How an input is stored: an object of its own, a member of a tar, or a cell of a Parquet file."""
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -15,7 +18,7 @@ MANIFEST_SCHEMA = pa.schema(
         pa.field("row", pa.int32(), nullable=False),
         pa.field("uri", pa.string(), nullable=False),
         pa.field("member", pa.string()),
-        pa.field("kind", pa.string(), nullable=False),  # object | tar | parquet
+        pa.field("kind", pa.string(), nullable=False),
         pa.field("size", pa.int64()),
         pa.field("etag", pa.string()),
         pa.field("offset", pa.int64()),  # tar: first byte of the member; parquet: row index in the file
@@ -88,7 +91,7 @@ class ImageRef:
     row: int
     uri: str
     member: str | None
-    kind: str
+    kind: Kind
     size: int | None
     etag: str | None
     offset: int | None

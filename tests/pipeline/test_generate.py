@@ -123,6 +123,14 @@ def test_after_prepare_the_compressed_bytes_are_gone(
     assert tally.totals["tile_bytes"] == sum(own_tiles(images[name]).pixels.nbytes for name in names[:7])
 
 
+def test_tiles_are_views_of_the_block(worker: PrepareWorker, block: pa.Table) -> None:
+    table = worker(block)
+    buffer = table["tiles"].chunk(0).buffers()[2]
+    for index in range(7):
+        address = tiles_of(table, index).pixels.__array_interface__["data"][0]
+        assert buffer.address <= address < buffer.address + buffer.size
+
+
 def test_sliced_and_chunked_blocks_keep_their_tiles(worker: PrepareWorker, block: pa.Table) -> None:
     table = worker(block)
     again = pa.concat_tables([table.slice(4, 3), table.slice(0, 2)])

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import source as module
+from pipeline.archive import image_column
 from pipeline.errors import ConfigError
 from pipeline.job import Source
-from pipeline.source import InputBatch, image_column, input_batches, kind_of, manifest_tables
+from pipeline.source import InputBatch, input_batches, kind_of, manifest_tables
 from pipeline.storage import Location, ObjectInfo
 
 Row = dict[str, Any]
