@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from pipeline.run import Progress, Summary
+from pipeline.progress import Progress
+from pipeline.run import Summary
 
 _LINE_PERIOD_S = 5.0
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,24 +52,25 @@ def resolve_overlaps(destination: Location, commits: list[Commit], manifest: Man
     return kept
 
 
-def write_success(
-    destination: Location, commits: Iterable[Commit], manifest: Manifest, extra: dict[str, Any]
-) -> Counter[str]:
-    """Read every committed file once, store totals and digests in `_SUCCESS.json`, and return the totals."""
+def read_totals(destination: Location, commits: Iterable[Commit]) -> list[FileTotals]:
+    """Read every committed file once and return what each holds."""
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        files = list(pool.map(lambda commit: _totals(destination, commit), commits))
+        return list(pool.map(lambda commit: _totals(destination, commit), commits))
+
+
+def write_success(destination: Location, files: list[FileTotals], inputs: int, elapsed_s: float) -> None:
+    """Store totals and digests in `_SUCCESS.json`."""
     counts: Counter[str] = sum((file.counts for file in files), Counter())
     content = {
-        "inputs": manifest.rows,
+        "inputs": inputs,
         "rows": sum(file.rows for file in files),
         "ok": counts["ok"],
         "error": counts["error"],
         "errors_by_code": errors_by_code(counts),
         "files": {file.name: {"rows": file.rows, "sha256": file.sha256} for file in files},
-        **extra,
+        "elapsed_s": round(elapsed_s, 3),
     }
     destination.child("_SUCCESS.json").put(json.dumps(content, indent=1).encode())
-    return counts
 
 
 def errors_by_code(counts: Counter[str]) -> dict[str, int]:

@@ -3,12 +3,10 @@
 import math
 from dataclasses import dataclass
 
-import pyarrow as pa
 import ray
 
 from pipeline.errors import ConfigError
 from pipeline.job import Job
-from pipeline.records import output_schema
 from smolvlm.config import ImageConfig
 
 READ_CPUS = 0.1
@@ -27,7 +25,6 @@ class Resources:
     """The sizes that `execute` uses."""
 
     image_config: ImageConfig
-    output_schema: pa.Schema
     max_rows_per_block: int
     num_read_tasks: int
     prepare_workers: tuple[int, int]
@@ -57,7 +54,6 @@ def plan_resources(job: Job, image_config: ImageConfig) -> Resources:
     _check_fits(job, engine_cpus, prepare_workers[0] * prepare_cpus, cpus, gpus)
     return Resources(
         image_config=image_config,
-        output_schema=output_schema(job.tasks),
         max_rows_per_block=_max_rows_per_block(job, image_config),
         num_read_tasks=max(1, int(cpus)),
         prepare_workers=prepare_workers,

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,16 +11,17 @@ import ray
 
 from pipeline import ranges
 from pipeline.claim import check_claim, claim, file_metadata
-from pipeline.commit import Commit, committed_rows, read_commits
+from pipeline.commit import committed_rows, read_commits
 from pipeline.control import Control
 from pipeline.errors import ConfigError, LeaseLost, PipelineError
 from pipeline.execute import execute
-from pipeline.finish import errors_by_code, resolve_overlaps, write_success
+from pipeline.finish import errors_by_code, read_totals, resolve_overlaps, write_success
 from pipeline.generate import AnswererFactory, SmolVLMAnswerer
 from pipeline.job import Job
-from pipeline.lease import Lease
+from pipeline.lease import Fence, Lease
 from pipeline.manifest import Manifest, load_manifest, write_manifest
 from pipeline.progress import Progress, ProgressReporter
+from pipeline.records import output_schema
 from pipeline.resources import plan_resources
 from pipeline.sink import CommitSink
 from pipeline.source import Expand, InputBatch, manifest_tables
@@ -74,15 +76,7 @@ def run(
         done = committed_rows(commits)
         pending = ranges.complement(done, manifest.rows)
         control = Control.create()
-        sink = CommitSink(
-            destination=destination,
-            schema=resources.output_schema,
-            rows_per_shard=manifest.rows_per_shard,
-            rows_per_file=job.output.rows_per_file or _rows_per_file(manifest.rows),
-            metadata=file_metadata(job),
-            fence=lease.fence,
-            control=control,
-        )
+        sink = _sink(job, destination, manifest, lease.fence, control)
         with ProgressReporter(control, manifest.rows, ranges.count(done), on_progress, drain):
             if len(pending):
                 execute(job, destination, manifest, pending, resources, sink, answerer_factory, control)
@@ -100,6 +94,18 @@ def check_destination(job: Job) -> None:
             f"output.uri {output.uri} lies inside source.uri {source.uri}: its files would be "
             "read as inputs. Choose another place."
         )
+
+
+def _sink(job: Job, destination: Location, manifest: Manifest, fence: Fence, control: Control) -> CommitSink:
+    return CommitSink(
+        destination=destination,
+        schema=output_schema(job.tasks),
+        rows_per_shard=manifest.rows_per_shard,
+        rows_per_file=job.output.rows_per_file or _rows_per_file(manifest.rows),
+        metadata=file_metadata(job),
+        fence=fence,
+        control=control,
+    )
 
 
 def _write_manifest(destination: Location, job: Job) -> Manifest:
@@ -146,9 +152,10 @@ def _finish(
         raise PipelineError(
             f"{destination.uri}: {manifest.rows - rows} of {manifest.rows} rows are missing. Run it again."
         )
-    totals = (
-        counts if interrupted else write_success(destination, commits, manifest, {"elapsed_s": round(elapsed_s, 3)})
-    )
+    files = read_totals(destination, commits)
+    totals = sum((file.counts for file in files), Counter[str]())
+    if not interrupted:
+        write_success(destination, files, manifest.rows, elapsed_s)
     return Summary(
         inputs=manifest.rows,
         rows=rows,
@@ -164,6 +171,3 @@ def _finish(
         interrupted=interrupted,
         output_uri=destination.uri,
     )
-
-
-__all__ = ["Commit", "Progress", "Summary", "check_destination", "run"]

@@ -8,7 +8,8 @@ from rich.progress import Progress as Bar
 
 from jobs import progress as module
 from jobs.progress import BarDisplay, LineDisplay, display, summary_object, summary_text
-from pipeline.run import Progress, Summary
+from pipeline.progress import Progress
+from pipeline.run import Summary
 
 
 def state(done: int = 3, **changes: Any) -> Progress:

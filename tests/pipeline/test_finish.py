@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pytest
 
 from pipeline import ranges
 from pipeline.commit import committed_rows, read_commits, write_commit
-from pipeline.finish import resolve_overlaps, write_success
+from pipeline.finish import read_totals, resolve_overlaps, write_success
 from pipeline.job import Task
 from pipeline.manifest import Manifest
 from pipeline.records import output_schema
@@ -110,9 +111,14 @@ def test_a_crash_between_writing_and_deleting_loses_nothing(
 
 def test_success_has_totals_and_digests_of_what_is_stored(destination: Location) -> None:
     names = [commit(destination, [0, 1, 2, 3], bad=(1, 2)), commit(destination, [4, 5], bad=(5,))]
-    commits = read_commits(destination, ROWS_PER_SHARD)
-    counts = write_success(destination, commits, Manifest(6, ROWS_PER_SHARD, ()), {"elapsed_s": 1.5})
-    assert counts == {"ok": 3, "error": 3, "error.truncated": 2, "error.empty": 1}
+    files = read_totals(destination, read_commits(destination, ROWS_PER_SHARD))
+    assert sum((file.counts for file in files), Counter()) == {
+        "ok": 3,
+        "error": 3,
+        "error.truncated": 2,
+        "error.empty": 1,
+    }
+    write_success(destination, files, 6, 1.5)
     content = json.loads(destination.child("_SUCCESS.json").read())
     digests = {n: hashlib.sha256(Path(destination.uri, "data", n).read_bytes()).hexdigest() for n in names}
     assert content == {
