@@ -75,7 +75,7 @@ def ours(setting: Setting, images: int) -> float:
             name=setting.name,
             source=Source(str(setting.source)),
             output=Output(folder + "/out", rows_per_file=1024),
-            model=Model(str(setting.checkpoint), dtype="float32"),
+            model=Model(str(setting.checkpoint)),
             tasks=(TASK,),
             image=setting.image,
             engine=EngineOptions(),
@@ -140,7 +140,7 @@ def image_policy(setting: Setting) -> ImagePolicy:
 
 def job_for_loop(setting: Setting) -> Job:
     """Return a job that names the checkpoint, which is all that an answerer reads."""
-    model = Model(str(setting.checkpoint), dtype="float32")
+    model = Model(str(setting.checkpoint))
     return Job(setting.name, Source("-"), Output("-"), model, (TASK,), setting.image, EngineOptions())
 
 
@@ -219,11 +219,11 @@ def settings(
     """Make the inputs and checkpoints of both cases."""
     tiny = create_checkpoint(root / "tiny", "tiny")
     small_tars = write_tars(root / "tars", arguments.images)
-    one_tile = ImageOptions(splitting=False)
+    one_tile = ImageOptions(splitting=False, upscale=False)
     standin = Setting("standin", small_tars, tiny, one_tile, PixelAnswerer, IMAGES_PER_TAR, arguments.images)
     model = create_checkpoint(root / "model", arguments.size)
     photos = write_files(root / "photos", arguments.engine_images)
-    short = max(1, arguments.engine_images // 4)
+    short = max(1, arguments.engine_images // 2)
     engine = Setting("engine", photos, model, one_tile, SmolVLMAnswerer, short, arguments.engine_images)
     return [
         (standin, {"ours": ours, "ray read_webdataset": ray_webdataset, "plain loop": plain_loop}),
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny inputs, once: shows that it runs")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--images", type=int, default=20_000, help="small JPEGs in tars, a multiple of 1,000")
-    parser.add_argument("--engine-images", type=int, default=64, help="photographs for the real engine")
+    parser.add_argument("--engine-images", type=int, default=32, help="photographs for the real engine")
     parser.add_argument("--size", default="256m", help="the model of the engine case")
     arguments = parser.parse_args()
     if arguments.smoke:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -172,7 +172,7 @@ def _row_error(prepared: dict[str, Any] | None, answers: list[Answer | RowError]
 
 
 def _answer_value(answer: Answer | RowError) -> dict[str, Any] | None:
-    return asdict(answer) if isinstance(answer, Answer) else None
+    return vars(answer) if isinstance(answer, Answer) else None
 
 
 def _submitted(answerer: Answerer, tiles: Tiles, task: Task, seed: int) -> Pending | RowError:
