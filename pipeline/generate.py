@@ -117,8 +117,8 @@ class GenerateWorker:
         """Return the block's rows with the job's output schema, none of them while draining; the tiles end here."""
         if block.num_rows == 0 or self._control.is_draining():
             return self._schema.empty_table()
-        pending = [self._submit(block, index) for index in range(block.num_rows)]
         try:
+            pending = [self._submit(block, index) for index in range(block.num_rows)]
             answers = [[_outcome(item) for item in row] for row in pending]
         except Exception as error:
             # The engine is gone, not the row: end this process, so that Ray starts another and sends the block again.

@@ -23,9 +23,10 @@ from pipeline.errors import ConfigError, RowError, RowFailure
 MAX_ATTEMPTS = 6
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 10.0
+# Listings change under us by design, so a cached one is a wrong one.
+_OPTIONS: dict[str, Any] = {"use_listings_cache": False}
 _S3_OPTIONS: dict[str, Any] = {
-    # Listings change under us by design, so a cached one is a wrong one.
-    "use_listings_cache": False,
+    **_OPTIONS,
     # Above 1, s3fs asks for the size before each whole read: two requests an object instead of one.
     "max_concurrency": 1,
     "config_kwargs": {
@@ -50,8 +51,9 @@ class ObjectInfo:
 
 @lru_cache(maxsize=64)
 def _filesystem(protocol: str, endpoint_url: str | None) -> Any:
-    options = dict(_S3_OPTIONS) if protocol in ("s3", "s3a") else {}
-    if endpoint_url and options:
+    is_s3 = protocol in ("s3", "s3a")
+    options = dict(_S3_OPTIONS if is_s3 else _OPTIONS)
+    if endpoint_url and is_s3:
         options["endpoint_url"] = endpoint_url
     try:
         return fsspec.filesystem(protocol, **options)

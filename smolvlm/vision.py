@@ -73,11 +73,13 @@ class VisionMLP(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up: nn.Module = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation: nn.Module = nn.GELU(approximate="tanh")
+        self.down: nn.Module = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(hidden), approximate="tanh"))
+        output: Tensor = self.down(self.activation(self.up(hidden)))
+        return output
 
 
 class VisionLayer(nn.Module):

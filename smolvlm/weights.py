@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smolvlm.config import ModelConfig
+from smolvlm.packed import PackedLinear
 
 if TYPE_CHECKING:
     from smolvlm.model import SmolVLM
@@ -88,6 +89,7 @@ def save_weights(model: SmolVLM, directory: Path) -> Path:
 
 def published_views(model: SmolVLM) -> dict[str, Tensor]:
     """Published key → view of our parameter, in the published shape. A tied head is the embedding and not listed."""
+    assert not any(isinstance(module, PackedLinear) for module in model.modules()), "packed weights cannot be read back"
     views: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         module, kind = name.rsplit(".", 1)

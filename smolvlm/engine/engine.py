@@ -15,6 +15,7 @@ from smolvlm.engine.scheduler import Decode, Encode, Limits, Prefill, Scheduler
 from smolvlm.engine.sequence import Completion, Sequence
 from smolvlm.hub import resolve_checkpoint
 from smolvlm.model import SmolVLM
+from smolvlm.packed import can_pack, pack_linears
 from smolvlm.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class Engine:
             tile_batch=_or(tile_batch, 1 if on_cpu else 32),
         )
         model = SmolVLM.from_pretrained(resolve_checkpoint(str(path), revision), place, DTYPES[dtype])
+        if on_cpu and can_pack(DTYPES[dtype]):
+            pack_linears(model)
         budget = _or(kv_cache_bytes, GIB if on_cpu else _free_bytes(place))
         num_blocks = _num_blocks(model.config, budget, limits, DTYPES[dtype])
         cache = KVCache(model.config.text, num_blocks, BLOCK_SIZE, place, DTYPES[dtype])
