@@ -223,7 +223,7 @@ def settings(
     standin = Setting("standin", small_tars, tiny, one_tile, PixelAnswerer, IMAGES_PER_TAR, arguments.images)
     model = create_checkpoint(root / "model", arguments.size)
     photos = write_files(root / "photos", arguments.engine_images)
-    short = max(1, arguments.engine_images // 2)
+    short = max(1, arguments.engine_images // 3)
     engine = Setting("engine", photos, model, one_tile, SmolVLMAnswerer, short, arguments.engine_images)
     return [
         (standin, {"ours": ours, "ray read_webdataset": ray_webdataset, "plain loop": plain_loop}),
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny inputs, once: shows that it runs")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--images", type=int, default=20_000, help="small JPEGs in tars, a multiple of 1,000")
-    parser.add_argument("--engine-images", type=int, default=32, help="photographs for the real engine")
+    parser.add_argument("--engine-images", type=int, default=48, help="photographs for the real engine")
     parser.add_argument("--size", default="256m", help="the model of the engine case")
     arguments = parser.parse_args()
     if arguments.smoke:

@@ -63,7 +63,8 @@ class ImageOptions:
     longest_edge: Annotated[int, Interval(gt=0, le=4096)] | None = None
     upscale: bool = True
     splitting: bool | None = None
-    max_pixels: Annotated[int, Gt(0)] = 50_000_000
+    max_pixels: Annotated[int, Interval(gt=0, le=178_956_970)] = 50_000_000
+    """Larger images are refused from their header; the decoding library itself stops at 178,956,970."""
     max_bytes: Annotated[int, Gt(0)] = 100_000_000
     timeout_s: Annotated[float, Gt(0)] = 30.0
     """Seconds one image may take to decode and split before its worker is killed."""

@@ -15,8 +15,7 @@ _REPARTITION_CPUS = 1.0  # Ray's own figure for cutting blocks to size; it does 
 _PASSING_CPUS = READ_CPUS + WRITE_CPUS + _REPARTITION_CPUS
 _BLOCK_BYTES = 48 << 20
 _MAX_ROWS_PER_BLOCK = 256
-_SEQUENCES_IN_FLIGHT = 64
-_MAX_BLOCKS_PER_ENGINE = 16
+_MAX_BLOCKS_PER_ENGINE = 64  # each is a thread that waits
 _BLOCKS_PER_RUN = 32
 
 
@@ -30,14 +29,15 @@ class Resources:
     prepare_workers: tuple[int, int]
     prepare_cpus: float
     engine_cpus: float
+    engine_sequences: int
 
     def rows_per_block(self, rows: int) -> int:
         """Return the block size for a run of `rows`: a small run is cut small, so that every worker gets some."""
         return max(1, min(self.max_rows_per_block, rows // _BLOCKS_PER_RUN))
 
     def blocks_per_engine(self, rows: int) -> int:
-        """Return how many blocks to send an engine at once, so that its batch stays full."""
-        return min(max(2, -(-_SEQUENCES_IN_FLIGHT // self.rows_per_block(rows))), _MAX_BLOCKS_PER_ENGINE)
+        """Return how many blocks to send an engine at once: a batch to work on and the next one waiting."""
+        return min(max(2, -(-2 * self.engine_sequences // self.rows_per_block(rows))), _MAX_BLOCKS_PER_ENGINE)
 
 
 def plan_resources(job: Job, image_config: ImageConfig) -> Resources:
@@ -59,6 +59,7 @@ def plan_resources(job: Job, image_config: ImageConfig) -> Resources:
         prepare_workers=prepare_workers,
         prepare_cpus=prepare_cpus,
         engine_cpus=engine_cpus,
+        engine_sequences=job.engine.max_num_sequences or (256 if job.engine.gpus else 16),
     )
 
 
