@@ -152,11 +152,13 @@ def test_a_callback_may_submit_and_close(engine: Engine, question: ModelInput) -
 def test_higher_priority_overtakes(
     make_engine: MakeEngine, question: ModelInput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order, gate = list[int](), threading.Event()
+    order, entered, gate = list[int](), threading.Event(), threading.Event()
     engine = make_engine(max_num_sequences=1)
     step = engine.step
-    monkeypatch.setattr(engine, "step", lambda: (gate.wait(30), step())[1])
+    monkeypatch.setattr(engine, "step", lambda: (entered.set(), gate.wait(30), step())[2])
     with EngineLoop(engine) as loop:
+        loop.submit(question, GREEDY)
+        entered.wait(30)  # the engine is at this one, so that the next three come to it together
         for priority in (0, 1, 2):
             future = loop.submit(question, GREEDY, priority)
             future.add_done_callback(lambda _, priority=priority: order.append(priority))  # type: ignore[misc]
