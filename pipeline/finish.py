@@ -58,9 +58,14 @@ def read_totals(destination: Location, commits: Iterable[Commit]) -> list[FileTo
         return list(pool.map(lambda commit: _totals(destination, commit), commits))
 
 
+def total_counts(files: Iterable[FileTotals]) -> Counter[str]:
+    """Return the counts of all files together."""
+    return sum((file.counts for file in files), Counter())
+
+
 def write_success(destination: Location, files: list[FileTotals], inputs: int, elapsed_s: float) -> None:
     """Store totals and digests in `_SUCCESS.json`."""
-    counts: Counter[str] = sum((file.counts for file in files), Counter())
+    counts = total_counts(files)
     content = {
         "inputs": inputs,
         "rows": sum(file.rows for file in files),

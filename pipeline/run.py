@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -11,11 +10,11 @@ import ray
 
 from pipeline import ranges
 from pipeline.claim import check_claim, claim, file_metadata
-from pipeline.commit import committed_rows, read_commits
+from pipeline.commit import Commit, committed_rows, read_commits
 from pipeline.control import Control
 from pipeline.errors import ConfigError, LeaseLost, PipelineError
 from pipeline.execute import execute
-from pipeline.finish import errors_by_code, read_totals, resolve_overlaps, write_success
+from pipeline.finish import errors_by_code, read_totals, resolve_overlaps, total_counts, write_success
 from pipeline.generate import AnswererFactory, SmolVLMAnswerer
 from pipeline.job import Job
 from pipeline.lease import Fence, Lease
@@ -72,8 +71,7 @@ def run(
     with Lease(destination) as lease:
         claim(destination, job)
         manifest = load_manifest(destination) or _write_manifest(destination, job)
-        commits = resolve_overlaps(destination, read_commits(destination, manifest.rows_per_shard), manifest)
-        done = committed_rows(commits)
+        done = committed_rows(_disjoint_commits(destination, manifest))
         pending = ranges.complement(done, manifest.rows)
         control = Control.create()
         sink = _sink(job, destination, manifest, lease.fence, control)
@@ -136,6 +134,10 @@ def _resolved(tables: "ray.ObjectRef[list[pa.Table]] | list[pa.Table]") -> list[
     return tables if isinstance(tables, list) else ray.get(tables)
 
 
+def _disjoint_commits(destination: Location, manifest: Manifest) -> list[Commit]:
+    return resolve_overlaps(destination, read_commits(destination, manifest.rows_per_shard), manifest)
+
+
 def _rows_per_file(rows: int) -> int:
     """Small jobs commit often, large ones write files that a reader likes."""
     return min(max(rows // 256, 32), 4096)
@@ -144,7 +146,7 @@ def _rows_per_file(rows: int) -> int:
 def _finish(
     destination: Location, manifest: Manifest, control: Control, resumed_rows: int, elapsed_s: float
 ) -> Summary:
-    commits = resolve_overlaps(destination, read_commits(destination, manifest.rows_per_shard), manifest)
+    commits = _disjoint_commits(destination, manifest)
     rows = ranges.count(committed_rows(commits))
     counts = control.counts()
     interrupted = control.is_draining() and rows < manifest.rows
@@ -153,7 +155,7 @@ def _finish(
             f"{destination.uri}: {manifest.rows - rows} of {manifest.rows} rows are missing. Run it again."
         )
     files = read_totals(destination, commits)
-    totals = sum((file.counts for file in files), Counter[str]())
+    totals = total_counts(files)
     if not interrupted:
         write_success(destination, files, manifest.rows, elapsed_s)
     return Summary(
