@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 DEFAULT_REPETITION_WINDOW = 192
+MAX_TOP_LOGPROBS = 20
 NEARLY_GREEDY = 1e-4  # dividing by less than this overflows, and draws nothing but the likeliest token anyway
 
 
@@ -23,6 +24,8 @@ class SamplingParams:
     when its last `repetition_window` tokens repeat a cycle of at most a third of that length (None: never).
     `ignore_eos` switches both of these stops off: exactly `max_new_tokens` are generated, for measurements.
 
+    `top_logprobs` (0 to 20) is how many of the likeliest tokens are reported beside each chosen one.
+
     Raises:
         ValueError: a value is out of range; the message names it.
     """
@@ -33,6 +36,7 @@ class SamplingParams:
     seed: int | None = None
     ignore_eos: bool = False
     repetition_window: int | None = DEFAULT_REPETITION_WINDOW
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
@@ -42,6 +46,8 @@ class SamplingParams:
         _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1")
         window = self.repetition_window
         _require(window is None or window >= 3, "repetition_window", window, "at least 3, or None for no such rule")
+        allowed = f"between 0 and {MAX_TOP_LOGPROBS}"
+        _require(0 <= self.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs", self.top_logprobs, allowed)
 
     @property
     def is_greedy(self) -> bool:
@@ -77,6 +83,20 @@ def choose_tokens(logits: Tensor, sampling: SamplingTensors | None, uniform: Ten
         tokens = torch.where(sampling.greedy, tokens, draw(logits / sampling.temperature, sampling.top_p, uniform))
     logprobs = logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)
     return tokens.squeeze(1), logprobs.squeeze(1)
+
+
+def top_logprobs(logits: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
+    """The `counts[b]` likeliest tokens of each row of logits [B, V], with their log-probabilities, likeliest first.
+
+    Waits for the device. Rows that want none cost nothing.
+    """
+    rows = [row for row, count in enumerate(counts) if count]
+    logprobs = logits[rows].float().log_softmax(-1)  # [rows, V]
+    values, token_ids = logprobs.topk(min(max(counts), logits.shape[-1]))
+    top: list[tuple[tuple[int, float], ...]] = [()] * len(counts)
+    for row, ids, each in zip(rows, token_ids.tolist(), values.tolist(), strict=True):
+        top[row] = tuple(zip(ids, each, strict=True))[: counts[row]]
+    return top
 
 
 def draw(logits: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:

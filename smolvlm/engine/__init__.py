@@ -3,11 +3,24 @@
 engine          Engine: add, step, generate          loop       EngineLoop: a thread that steps, futures
 scheduler       what to do next                      runner     does it, on tensors
 sequence        one request                          images     images on their way through the encoder
-block_manager   pages of the cache
+block_manager   pages of the cache                   stats      what it is doing, in numbers
 """
 
 from smolvlm.engine.engine import Engine, PromptTooLong
 from smolvlm.engine.loop import EngineDied, EngineLoop
-from smolvlm.engine.sequence import Completion, Sequence
+from smolvlm.engine.sequence import BATCH, ONLINE, Completion, Sequence, Token
+from smolvlm.engine.stats import ClassStats, EngineStats
 
-__all__ = ["Completion", "Engine", "EngineDied", "EngineLoop", "PromptTooLong", "Sequence"]
+__all__ = [
+    "BATCH",
+    "ONLINE",
+    "ClassStats",
+    "Completion",
+    "Engine",
+    "EngineDied",
+    "EngineLoop",
+    "EngineStats",
+    "PromptTooLong",
+    "Sequence",
+    "Token",
+]

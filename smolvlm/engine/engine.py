@@ -12,7 +12,8 @@ from smolvlm.config import ModelConfig
 from smolvlm.engine.block_manager import BlockManager
 from smolvlm.engine.runner import Chosen, Runner
 from smolvlm.engine.scheduler import Decode, Encode, Limits, Prefill, Scheduler
-from smolvlm.engine.sequence import Completion, Sequence
+from smolvlm.engine.sequence import BATCH, Completion, OnToken, Sequence
+from smolvlm.engine.stats import Counters
 from smolvlm.hub import resolve_checkpoint
 from smolvlm.model import SmolVLM
 from smolvlm.packed import can_pack, pack_linears
@@ -44,6 +45,7 @@ class Engine:
         self.max_tokens = min(model.config.text.max_positions, num_blocks * cache.block_size)
         self.runner = Runner(model, cache, device)
         self.scheduler = Scheduler(limits, BlockManager(num_blocks, cache.block_size))
+        self.counters = Counters()
         self._eos_token_ids = frozenset(model.config.eos_token_ids)
 
     @classmethod
@@ -94,7 +96,9 @@ class Engine:
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished
 
-    def prepare(self, model_input: ModelInput, params: SamplingParams, priority: int = 0) -> Sequence:
+    def prepare(
+        self, model_input: ModelInput, params: SamplingParams, priority: int = BATCH, on_token: OnToken | None = None
+    ) -> Sequence:
         """Check an input and make a sequence of it, without queueing it. Safe to call from any thread.
 
         `max_new_tokens` is lowered to what the context and the cache leave beside the prompt.
@@ -113,13 +117,13 @@ class Engine:
                 "or smaller images (longest_edge, image_splitting=False), a shorter text, or a larger kv_cache_bytes"
             )
         tiles = list(model_input.tiles)
-        return Sequence(list(prompt), tiles, params, priority, max_new_tokens=min(params.max_new_tokens, room))
+        return Sequence(list(prompt), tiles, params, priority, min(params.max_new_tokens, room), on_token)
 
     def enqueue(self, sequence: Sequence) -> None:
         """Queue a prepared sequence."""
         self.scheduler.add(sequence)
 
-    def add(self, model_input: ModelInput, params: SamplingParams, priority: int = 0) -> Sequence:
+    def add(self, model_input: ModelInput, params: SamplingParams, priority: int = BATCH) -> Sequence:
         """Queue an input; sequences of higher priority are admitted first. Raises as `prepare` does."""
         sequence = self.prepare(model_input, params, priority)
         self.enqueue(sequence)
@@ -127,11 +131,13 @@ class Engine:
 
     def step(self) -> list[Sequence]:
         """Do the next piece of work and return the sequences that it finished."""
+        self.counters.steps += 1
         match self.scheduler.schedule():
             case Encode(spans):
                 self.runner.encode(spans)
             case Prefill(sequences):
                 chosen = self.runner.prefill(sequences)
+                self.counters.prompt_tokens += sum(len(sequence.prompt_token_ids) for sequence in sequences)
                 self.scheduler.start(sequences)
                 return self._finish(sequences, chosen)
             case Decode(sequences):
@@ -170,8 +176,10 @@ class Engine:
             raise type(error)(f"input {number}: {error}") from error
 
     def _finish(self, sequences: list[Sequence], chosen: Chosen) -> list[Sequence]:
-        for sequence, (token_id, logprob) in zip(sequences, chosen, strict=True):
-            sequence.append(token_id, logprob, self._eos_token_ids)
+        self.counters.generated_tokens += len(chosen)
+        for sequence, token in zip(sequences, chosen, strict=True):
+            sequence.append(token.token_id, token.logprob, self._eos_token_ids)
+            sequence.deliver(token)
         finished = [sequence for sequence in sequences if sequence.finish_reason is not None]
         if finished:
             self.scheduler.finish(finished)

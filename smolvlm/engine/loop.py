@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from smolvlm.engine.engine import Engine
-from smolvlm.engine.sequence import Completion, Sequence
+from smolvlm.engine.sequence import BATCH, Completion, OnToken, Sequence, Token
+from smolvlm.engine.stats import EngineStats, snapshot
 from smolvlm.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -47,22 +48,39 @@ class EngineLoop:
     ) -> None:
         self.close(cancel=kind is not None)
 
-    def submit(self, model_input: ModelInput, params: SamplingParams, priority: int = 0) -> Future[Completion]:
+    def submit(
+        self, model_input: ModelInput, params: SamplingParams, priority: int = BATCH, on_token: OnToken | None = None
+    ) -> Future[Completion]:
         """Queue an input and return at once.
+
+        `on_token` gets every token as it comes out, in order, on the engine's thread, and none once the future is done:
+        it should only hand the token on, since all sequences wait for it. What it raises becomes the future's exception
+        and ends this sequence; the others go on.
 
         Raises:
             ValueError: the input is refused (Engine.prepare).
             EngineDied: an earlier step failed.
             RuntimeError: the loop is closed.
         """
-        sequence = self.engine.prepare(model_input, params, priority)
         future: Future[Completion] = Future()
+        sequence = self.engine.prepare(model_input, params, priority, on_token and _until_done(future, on_token))
         future.add_done_callback(lambda done: self._note_cancelled(sequence) if done.cancelled() else None)
         with self._changed:
             self._refuse_if_over()
             self._inbox.append((sequence, future))
             self._changed.notify()
         return future
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine takes and does work: it is neither closed to the end nor broken."""
+        return self._thread.is_alive() and self._error is None
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing. Cheap, and safe from any thread."""
+        with self._changed:
+            inbox = [sequence for sequence, _ in self._inbox]
+        return snapshot(self.engine, self.is_alive, inbox)
 
     def close(self, cancel: bool = False) -> None:
         """Stop taking inputs, finish the accepted ones (or cancel them), and end the thread. May be called twice."""
@@ -106,7 +124,11 @@ class EngineLoop:
 
     def _resolve(self, sequence: Sequence) -> None:
         _, future = self._pending.pop(sequence.id)
-        if future.set_running_or_notify_cancel():
+        if not future.set_running_or_notify_cancel():
+            return
+        if sequence.error is not None:
+            future.set_exception(sequence.error)
+        else:
             future.set_result(sequence.completion())
 
     def _fail(self, error: BaseException) -> None:
@@ -130,6 +152,14 @@ class EngineLoop:
             raise _died(self._error)
         if self._closing:
             raise RuntimeError("the EngineLoop is closed; submit before close(), or start another")
+
+
+def _until_done(future: Future[Completion], on_token: OnToken) -> OnToken:
+    def deliver(token: Token) -> None:
+        if not future.done():
+            on_token(token)
+
+    return deliver
 
 
 def _died(error: BaseException) -> EngineDied:

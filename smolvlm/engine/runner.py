@@ -13,11 +13,11 @@ from torch import Tensor
 
 from smolvlm.attention import KVCache, PackedPrefill, PagedDecode
 from smolvlm.engine.images import TileSpan
-from smolvlm.engine.sequence import Sequence
+from smolvlm.engine.sequence import Sequence, Token
 from smolvlm.model import SmolVLM
-from smolvlm.sampling import SamplingTensors, choose_tokens
+from smolvlm.sampling import SamplingTensors, choose_tokens, top_logprobs
 
-Chosen = list[tuple[int, float]]  # token id and its log-probability, one per sequence
+Chosen = list[Token]  # one per sequence
 
 
 @dataclass
@@ -117,7 +117,9 @@ class Runner:
             uniform = self._to_device(torch.tensor([[sequence.random.random()] for sequence in sequences]))
         tokens, logprobs = choose_tokens(logits, sampling, uniform)
         both = torch.stack([tokens.float(), logprobs]).tolist()  # one wait; float32 holds every token id exactly
-        return tokens, [(int(token), logprob) for token, logprob in zip(*both, strict=True)]
+        counts = [sequence.params.top_logprobs for sequence in sequences]
+        top = top_logprobs(logits, counts) if any(counts) else [()] * len(counts)
+        return tokens, [Token(int(token), logprob, best) for token, logprob, best in zip(*both, top, strict=True)]
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import enum
 import itertools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from smolvlm.engine.images import EncodedImage
 from smolvlm.image import Tiles
 from smolvlm.sampling import SamplingParams, is_repeating
 
 FinishReason = Literal["stop", "length", "repetition", "aborted"]
+
+BATCH = 0  # fills what is left
+ONLINE = 1  # somebody waits for it
 
 _ids = itertools.count()
 
@@ -24,6 +28,19 @@ class Status(enum.Enum):
     ADMITTED = "admitted"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+class Token(NamedTuple):
+    """One token of an answer as it comes out: its log-probability under the model, before temperature and top_p, and
+    the `SamplingParams.top_logprobs` likeliest tokens in its place with theirs, likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+OnToken = Callable[[Token], None]
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,7 @@ class Sequence:
     params: SamplingParams
     priority: int
     max_new_tokens: int
+    on_token: OnToken | None = None
     id: int = field(default_factory=lambda: next(_ids))
     status: Status = Status.WAITING
     images: list[EncodedImage] = field(default_factory=list)
@@ -57,6 +75,7 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     logprob_sum: float = 0.0
     finish_reason: FinishReason | None = None
+    error: Exception | None = None  # what `on_token` raised
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.params.seed)
@@ -84,6 +103,15 @@ class Sequence:
         self.token_ids.append(token_id)
         self.logprob_sum += logprob
         self.finish_reason = self._reason_to_stop(token_id, eos_token_ids)
+
+    def deliver(self, token: Token) -> None:
+        """Hand a token to whoever listens; a listener that fails ends this sequence, and no other."""
+        if self.on_token is None:
+            return
+        try:
+            self.on_token(token)
+        except Exception as error:
+            self.error, self.finish_reason = error, "aborted"
 
     def completion(self) -> Completion:
         assert self.finish_reason is not None, "a sequence has a completion once it is finished"

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from smolvlm.sampling import SamplingParams, SamplingTensors, choose_tokens, draw, is_repeating
+from smolvlm.sampling import SamplingParams, SamplingTensors, choose_tokens, draw, is_repeating, top_logprobs
 
 CPU = torch.device("cpu")
 
@@ -17,6 +17,8 @@ CPU = torch.device("cpu")
         ({"top_p": 0.0}, r"top_p is 0\.0; it must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"repetition_window": 2}, "repetition_window is 2; it must be at least 3"),
+        ({"top_logprobs": -1}, "top_logprobs is -1; it must be between 0 and 20"),
+        ({"top_logprobs": 21}, "top_logprobs is 21; it must be between 0 and 20"),
     ],
 )
 def test_values_out_of_range_are_named(arguments: dict[str, Any], message: str) -> None:
@@ -36,6 +38,20 @@ def test_log_probabilities_are_those_before_temperature_and_top_p() -> None:
     sampling = SamplingTensors.of([SamplingParams(temperature=3.0, top_p=0.5)], CPU)
     tokens, logprobs = choose_tokens(logits, sampling, torch.tensor([[0.7]]))
     torch.testing.assert_close(logprobs, logits.log_softmax(-1)[0, tokens])
+
+
+def test_top_log_probabilities_are_the_largest_of_the_rows_that_ask() -> None:
+    logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    top = top_logprobs(logits, [0, 5, 20, 1])
+    for row, count in zip([1, 2, 3], [5, 20, 1], strict=True):
+        expected = sorted(enumerate(logits[row].log_softmax(-1).tolist()), key=lambda pair: -pair[1])[:count]
+        assert [token for token, _ in top[row]] == [token for token, _ in expected]
+        assert [value for _, value in top[row]] == pytest.approx([value for _, value in expected], abs=1e-6)
+    assert top[0] == ()
+
+
+def test_a_vocabulary_smaller_than_what_is_asked_gives_all_it_has() -> None:
+    assert [token for token, _ in top_logprobs(torch.tensor([[0.0, 2.0, 1.0]]), [20])[0]] == [1, 2, 0]
 
 
 def test_draws_follow_the_distribution() -> None:
