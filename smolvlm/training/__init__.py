@@ -1,0 +1,1 @@
+"""Training: data, loss, optimisation and measurement of small SmolVLMs."""

@@ -1,0 +1,312 @@
+"""What stands on a document: rows of cells, before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from smolvlm.training.documents.vocabulary import belongs
+from smolvlm.training.documents.writer import Writer
+
+Align = Literal["left", "center", "right"]
+Rules = Literal["none", "grid", "lines", "frame", "dashes"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text within a share of the row's width; `start` and `end` run from 0 to 1."""
+
+    text: str
+    align: Align = "left"
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A visual line: cells from left to right that do not reach into each other."""
+
+    cells: tuple[Cell, ...]
+    is_heading: bool = False
+    has_rule: bool = False
+
+    @property
+    def text(self) -> str:
+        return " ".join(cell.text for cell in self.cells)
+
+
+@dataclass(frozen=True)
+class Space:
+    """How much may be written: characters in a row, rows, characters in all."""
+
+    columns: int
+    rows: int
+    chars: int
+
+
+@dataclass(frozen=True)
+class Content:
+    """The rows of a document from top to bottom, and the kind of rules drawn around them."""
+
+    rows: tuple[Row, ...]
+    rules: Rules = "none"
+
+
+def write(kind: str, writer: Writer, space: Space) -> Content:
+    """Write a document of the kind into the space; at least one character, at most what the space allows."""
+    content = WRITE[kind](writer, space)
+    return Content(tuple(_within(content.rows, space)), content.rules)
+
+
+def _within(rows: Iterable[Row], space: Space) -> Iterable[Row]:
+    """Keep the rows that the space has room for; a first row too long is cut at a word or, failing that, a letter."""
+    left = space.chars
+    for number, row in enumerate(rows):
+        if number == space.rows or (number and len(row.text) > left):
+            return
+        if len(row.text) > left:
+            row = Row((Cell(row.text[:left].rpartition(" ")[0] or row.text[:3], row.cells[0].align),))
+        left -= len(row.text) + 1
+        yield row
+
+
+def wrap(tokens: Iterable[str], space: Space) -> list[str]:
+    """Fill lines of at most `space.columns` characters until the space is full or the tokens end; a token too long for
+    a line is left out unless it would be the only one."""
+    lines: list[str] = []
+    line, used = "", 0
+    for token in tokens:
+        for piece in token.split(" "):
+            if len(piece) > space.columns:
+                continue
+            used += len(piece) + 1
+            if used > space.chars + 1:
+                return [*lines, line] if line else lines
+            if len(line) + len(piece) + bool(line) > space.columns:
+                lines, line = [*lines, line], ""
+                if len(lines) == space.rows:
+                    return lines
+            line = f"{line} {piece}" if line else piece
+    return [*lines, line] if line else lines
+
+
+def _rows(lines: Iterable[str], align: Align = "left") -> tuple[Row, ...]:
+    return tuple(Row((Cell(line, align),)) for line in lines)
+
+
+def _pair(left: str, right: str, space: Space) -> Row:
+    """Set one text at the left edge and one at the right, the border where their lengths meet."""
+    border = min(max(1 - (len(right) + 1.5) / max(space.columns, len(left) + len(right) + 2), 0.2), 0.9)
+    return Row((Cell(left, "left", 0.0, border), Cell(right, "right", border, 1.0)))
+
+
+def _short(writer: Writer, longest: int) -> str:
+    return writer.cased(max(longest, 3))
+
+
+def word(writer: Writer, space: Space) -> Content:
+    text = writer.token().split(" ")[0]
+    if len(text) > space.columns:
+        text = _short(writer, space.columns)
+    return Content(_rows([text], "center"))
+
+
+def line(writer: Writer, space: Space) -> Content:
+    lines = wrap(_phrase(writer), Space(space.columns, min(space.rows, writer.random.randint(1, 2)), space.chars))
+    return Content(_rows(lines or [_short(writer, space.columns)], writer.random.choice(("left", "center"))))
+
+
+def _phrase(writer: Writer) -> list[str]:
+    style = writer.random.random()
+    if style < 0.4:
+        return writer.sentence()
+    count = writer.random.randint(1, 6)
+    if style < 0.7:
+        return [writer.token() for _ in range(count)]
+    casing = writer.random.choice((str.upper, str.capitalize, str.lower))
+    return [casing(writer.word()) for _ in range(count)]
+
+
+def paragraph(writer: Writer, space: Space) -> Content:
+    rows = writer.random.randint(min(3, space.rows), max(min(space.rows, 8), min(3, space.rows)))
+    tokens = [token for _ in range(rows) for token in writer.sentence()]
+    lines = wrap(tokens, Space(space.columns, rows, space.chars)) or [_short(writer, space.columns)]
+    return Content(_rows(lines, writer.random.choice(("left", "left", "left", "center", "right"))))
+
+
+def dense(writer: Writer, space: Space) -> Content:
+    count = space.columns * space.rows // 3 + 1
+    noise = writer.random.choice((0.2, 0.5, 0.9))
+    tokens = [writer.noise() if writer.random.random() < noise else writer.token() for _ in range(count)]
+    return Content(_rows(wrap(tokens, space) or [_short(writer, space.columns)]))
+
+
+def receipt(writer: Writer, space: Space) -> Content:
+    head = [_shop(writer, space), *_receipt_details(writer, space)]
+    tail = _receipt_tail(writer, space)
+    count = max(1, min(space.rows - len(head) - 2, writer.random.randint(2, 7)))
+    currency = writer.random.choice(("", "", "$", "£", "€"))
+    items, total = _items(writer, count)
+    shown = [_pair(_item_name(writer, space, len(price)), currency + price, space) for price in items]
+    label = writer.pick("TOTAL", "Total", "SUM", "Sum", "AMOUNT DUE", "Due", "TO PAY", "Balance", "GRAND TOTAL", "Net")
+    rows = [*head, *shown, _ruled(_pair(label, currency + total, space)), *tail]
+    return Content(tuple(_without_middle(rows, space)), writer.random.choice(("none", "dashes", "lines", "none")))
+
+
+def _without_middle(rows: list[Row], space: Space) -> list[Row]:
+    """Leave rows out after the first until all fit, so that a receipt keeps its shop and its total."""
+    kept = list(rows)
+    while len(kept) > 1 and (len(kept) > space.rows or sum(len(r.text) + 1 for r in kept) > space.chars + 1):
+        del kept[1 if len(kept) > 2 else 0]
+    return kept
+
+
+def _ruled(row: Row) -> Row:
+    return Row(row.cells, is_heading=True, has_rule=True)
+
+
+def _shop(writer: Writer, space: Space) -> Row:
+    kinds = ("SHOP", "CAFE", "STORE", "BAR", "MARKET", "& Co", "INN", "Books", "Deli", "Foods", "& Son", "LTD")
+    name = f"{writer.title(1, 9)} {writer.pick(*kinds)}"
+    text = name.upper() if writer.random.random() < 0.5 else name
+    fits = text if len(text) <= space.columns else _short(writer, space.columns)
+    return Row((Cell(fits, "center"),), is_heading=True)
+
+
+def _receipt_details(writer: Writer, space: Space) -> list[Row]:
+    streets = ("Street", "Road", "Ave", "St", "Lane", "Rd", "Way", "Blvd")
+    details = [
+        _pair(writer.date(), writer.time(), space),
+        Row((Cell(f"{writer.random.randint(1, 199)} {writer.title(1, 9)} {writer.pick(*streets)}", "center"),)),
+        Row((Cell(f"{writer.pick('Tel', 'Phone', 'Call')} {writer.phone()}", "center"),)),
+        _pair(writer.pick("Order", "No", "Receipt", "Ref", "Table", "Bon", "Invoice"), writer.code(), space),
+    ]
+    chosen = [details[0], *writer.random.sample(details[1:], writer.random.randint(0, 2))]
+    return [row for row in chosen if len(row.text) <= space.columns]
+
+
+def _receipt_tail(writer: Writer, space: Space) -> list[Row]:
+    ends = (
+        lambda: _pair(writer.pick("VAT", "TAX", "Sales tax", "Tip", "Service"), writer.price(20), space),
+        lambda: _pair(writer.pick("CASH", "CARD", "VISA", "PIN", "Change", "Paid"), writer.price(), space),
+        lambda: Row(
+            (Cell(writer.pick("Thank you!", "THANK YOU", "Come again", "See you", "Bye!", "Visit us"), "center"),)
+        ),
+        lambda: Row((Cell(writer.url(), "center"),)),
+    )
+    rows = [end() for end in writer.random.sample(ends, writer.random.randint(0, 2))]
+    return [row for row in rows if len(row.text) <= space.columns]
+
+
+def _items(writer: Writer, count: int) -> tuple[list[str], str]:
+    """Draw prices whose sum is a number of the split as well."""
+    while True:
+        prices = [writer.price(40) for _ in range(count)]
+        total = f"{sum(map(float, prices)):.2f}"
+        if belongs(total, writer.split):
+            return prices, total
+
+
+def _item_name(writer: Writer, space: Space, taken: int) -> str:
+    amount = writer.random.choice(("", "", f"{writer.random.randint(1, 9)} x ", f"{writer.random.randint(1, 5)} "))
+    room = max(space.columns - taken - 3 - len(amount), 3)
+    name = writer.word(min(room, 12))
+    if room - len(name) > 4 and writer.random.random() < 0.6:
+        name = f"{name} {writer.word(min(room - len(name) - 1, 10))}"
+    return amount + writer.random.choice((name.title(), name, name.upper()))
+
+
+def form(writer: Writer, space: Space) -> Content:
+    fields: tuple[Callable[[], tuple[str, str]], ...] = (
+        lambda: (writer.pick("Name", "Full name", "Mr", "Contact"), writer.name()),
+        lambda: (writer.pick("Date", "Day", "Born", "DOB", "Issued"), writer.date()),
+        lambda: (writer.pick("Phone", "Tel", "Mobile", "Fax"), writer.phone()),
+        lambda: (writer.pick("Email", "E-mail", "Web", "Mail"), writer.email()),
+        lambda: (writer.pick("Ref", "ID", "Number", "Code", "Account", "No"), writer.code()),
+        lambda: (writer.pick("City", "Town", "Country", "In", "Place"), writer.title(1)),
+        lambda: (writer.pick("Amount", "Fee", "Price", "Cost", "Sum"), writer.money()),
+        lambda: (writer.pick("Job", "Title", "Type", "Class", "Use"), writer.title(1)),
+    )
+    mark = writer.random.choice((":", ":", "", "."))
+    chosen = [field() for field in writer.random.sample(fields, writer.random.randint(2, len(fields)))]
+    width = max(len(label) for label, _ in chosen) + 2
+    share = min(width / max(space.columns, width + 4), 0.5)
+    rows = [
+        Row((Cell(label + mark, "left", 0.0, share), Cell(value, "left", share, 1.0)), has_rule=True)
+        for label, value in chosen
+        if len(value) <= space.columns * (1 - share)
+    ]
+    title = Row((Cell(writer.title(1, 10).upper(), "center"),), is_heading=True)
+    return Content((title, *rows) if rows else (title,), writer.random.choice(("lines", "none", "frame", "dashes")))
+
+
+def table(writer: Writer, space: Space) -> Content:
+    count = min(writer.random.randint(2, 4), max(space.columns // 6, 1))
+    room = max(space.columns // count - 1, 3)
+    numeric = [bool(column) and writer.random.random() < 0.6 for column in range(count)]
+    rows = writer.random.randint(min(2, space.rows), max(min(space.rows, 8), min(2, space.rows)))
+
+    def cells(draw: Callable[[bool], str]) -> tuple[Cell, ...]:
+        return tuple(
+            Cell(draw(kind), "right" if kind else "left", column / count, (column + 1) / count)
+            for column, kind in enumerate(numeric)
+        )
+
+    header = Row(cells(lambda _: writer.word(room).capitalize()), is_heading=True, has_rule=True)
+    body = [
+        Row(cells(lambda kind: _figure(writer, room) if kind else _short(writer, room)), has_rule=True)
+        for _ in range(rows - 1)
+    ]
+    return Content((header, *body), writer.random.choice(("grid", "lines", "none", "frame")))
+
+
+def _figure(writer: Writer, room: int) -> str:
+    for _ in range(4):
+        text = writer.random.choice((writer.number, writer.price, writer.money, writer.time))()
+        if len(text) <= room and " " not in text:
+            return text
+    return str(writer.random.randint(0, 999))
+
+
+def sign(writer: Writer, space: Space) -> Content:
+    casing = writer.random.choice((str.upper, str.upper, str.capitalize))
+    words = [casing(writer.word(max(min(space.columns, 10), 3))) for _ in range(writer.random.randint(1, 6))]
+    if writer.random.random() < 0.4:
+        words.append(writer.random.choice((writer.number, writer.money, writer.time))())
+    lines = wrap(words, Space(space.columns, min(space.rows, 4), space.chars)) or [_short(writer, space.columns)]
+    return Content(_rows(lines, "center"), writer.random.choice(("frame", "none", "none")))
+
+
+def screenshot(writer: Writer, space: Space) -> Content:
+    heading = Row((Cell(writer.title(1, min(space.columns, 12)), "left"),), is_heading=True, has_rule=True)
+    rows = [_entry(writer, space) for _ in range(writer.random.randint(1, max(1, min(space.rows - 1, 8))))]
+    return Content(
+        (heading, *(row for row in rows if len(row.text) <= space.columns)),
+        writer.random.choice(("none", "lines", "frame")),
+    )
+
+
+def _entry(writer: Writer, space: Space) -> Row:
+    labels = ("OK", "Save", "Open", "Cancel", "Edit", "Help", "File", "View", "Log in", "Off", "On", "Settings", "New")
+    forms: tuple[Callable[[], Row], ...] = (
+        lambda: _pair(writer.cased(10), writer.pick(*labels), space),
+        lambda: Row((Cell(writer.url()),)),
+        lambda: Row((Cell(writer.email()),)),
+        lambda: _pair(writer.word(12).capitalize(), writer.time(), space),
+        lambda: _pair(
+            f"{writer.word(8)}_{writer.word(6)}.{writer.pick('txt', 'py', 'csv', 'md')}",
+            f"{writer.random.randint(1, 999)} KB",
+            space,
+        ),
+        lambda: Row((Cell((wrap(writer.sentence(), space) or [_short(writer, space.columns)])[0]),)),
+        lambda: Row((Cell(f"{writer.word(8)} = {writer.random.choice((writer.number, writer.quoted))()}"),)),
+        lambda: Row((Cell(f"> {writer.word(8)} {writer.pick('-a', '-v', '--all', '-x')} {writer.word(8)}"),)),
+    )
+    return writer.random.choice(forms)()
+
+
+WRITE: dict[str, Callable[[Writer, Space], Content]] = {
+    "word": word, "line": line, "paragraph": paragraph, "receipt": receipt, "form": form, "table": table, "sign": sign,
+    "screenshot": screenshot, "dense": dense,
+}  # fmt: skip

@@ -1,0 +1,160 @@
+"""Places rows of text on a page: where every word is drawn, and the box of every character."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smolvlm.training.documents.content import Cell, Content, Row
+from smolvlm.training.documents.fonts import Face
+
+Rectangle = tuple[float, float, float, float]
+NOWHERE = (float("nan"),) * 4
+OVERHANG = 0.25  # of the size: how far the ink of an italic or accented glyph may leave its advance
+
+
+@dataclass(frozen=True)
+class Type:
+    """How text is set: the faces of one size, letter spacing in pixels, the pitch of rows in line heights."""
+
+    body: Face
+    heading: Face
+    tracking: float
+    leading: float
+
+    @property
+    def pitch(self) -> float:
+        return (self.body.ascent + self.body.descent) * self.leading
+
+    def face(self, row: Row) -> Face:
+        return self.heading if row.is_heading else self.body
+
+    def width(self, text: str, face: Face) -> float:
+        return face.length(text) + self.tracking * len(text)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Text drawn in one call: a word, or a letter where letters are spaced out; the origin is on the baseline."""
+
+    text: str
+    x: float
+    y: float
+    face: Face
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page as it is to be drawn, in pixels: runs of text, the boxes float32 [len(text), 4] of the characters (NaN for
+    white space), the bands behind headings, the lines around the text."""
+
+    text: str
+    runs: tuple[Run, ...]
+    boxes: NDArray[np.float32]
+    bands: tuple[Rectangle, ...]
+    lines: tuple[Rectangle, ...]
+
+
+def overflow(content: Content, kind: Type, area: Rectangle) -> float:
+    """Return how many times too large the type is for the area; at most 1 if all fits."""
+    width, height = area[2] - area[0], area[3] - area[1]
+    needed = [
+        kind.width(cell.text, kind.face(row)) / ((cell.end - cell.start) * width - _gap(kind, row))
+        for row in content.rows
+        for cell in row.cells
+    ]
+    return max(*needed, len(content.rows) * kind.pitch / height) if min(needed) > 0 else float("inf")
+
+
+def _gap(kind: Type, row: Row) -> float:
+    return 0.6 * kind.body.size if len(row.cells) > 1 else 0.0
+
+
+def place(content: Content, kind: Type, area: Rectangle, slack: tuple[float, float]) -> Page:
+    """Set the rows into the area (x0, y0, x1, y1), which has to hold them; `slack` says where the block of text stands
+    in the room that is left over, from (0, 0), the upper left corner, to (1, 1)."""
+    area = _block(content, kind, area, slack)
+    runs: list[Run] = []
+    boxes: list[Rectangle] = []
+    for number, row in enumerate(content.rows):
+        baseline = area[1] + number * kind.pitch + kind.body.ascent + (kind.leading - 1) * kind.pitch / 2
+        for cell in row.cells:
+            boxes += [NOWHERE] * bool(boxes)
+            placed = list(_words(cell, kind, kind.face(row), _left(cell, kind, row, area), baseline))
+            runs += [run for word, _ in placed for run in word]
+            boxes += [box for _, word in placed for box in word][:-1]
+    text = "\n".join(row.text for row in content.rows)
+    return Page(
+        text, tuple(runs), np.array(boxes, np.float32), _bands(content, kind, area), _lines(content, kind, area)
+    )
+
+
+def _block(content: Content, kind: Type, area: Rectangle, slack: tuple[float, float]) -> Rectangle:
+    """Shrink the area to the height of the text and, where rows are not split into cells, to its width."""
+    x0, y0, x1, y1 = area
+    spare = y1 - y0 - len(content.rows) * kind.pitch
+    y0 += spare * slack[1]
+    if all(len(row.cells) == 1 for row in content.rows):
+        widest = max(kind.width(row.text, kind.face(row)) for row in content.rows)
+        x0 += (x1 - x0 - widest) * slack[0]
+        x1 = x0 + widest
+    return x0, y0, x1, y0 + len(content.rows) * kind.pitch
+
+
+def _left(cell: Cell, kind: Type, row: Row, area: Rectangle) -> float:
+    start, end = (area[0] + (area[2] - area[0]) * share for share in (cell.start, cell.end))
+    margin, width = _gap(kind, row) / 2, kind.width(cell.text, kind.face(row))
+    if cell.align == "center":
+        return (start + end - width) / 2
+    return start + margin if cell.align == "left" else end - margin - width
+
+
+def _words(cell: Cell, kind: Type, face: Face, x: float, y: float) -> Iterator[tuple[list[Run], list[Rectangle]]]:
+    """Yield the runs of each word and the boxes of its letters and of the space after it."""
+    space = face.length(" ") + kind.tracking
+    for word in cell.text.split(" "):
+        glyphs = [face.glyph(letter) for letter in word]
+        drawn = face.length(word)
+        kerning = drawn / max(sum(advance for advance, _ in glyphs), 1e-6)
+        runs, boxes, at = [], [], x
+        for letter, (advance, (left, top, right, bottom)) in zip(word, glyphs, strict=True):
+            boxes.append((at + left, y + top, at + right, y + bottom))
+            runs += [Run(letter, at, y, face)] if kind.tracking else []
+            at += advance * kerning + kind.tracking
+        yield runs or [Run(word, x, y, face)], [*boxes, NOWHERE]
+        x += drawn + kind.tracking * len(word) + space
+
+
+def _bands(content: Content, kind: Type, area: Rectangle) -> tuple[Rectangle, ...]:
+    if content.rules not in ("grid", "frame"):
+        return ()
+    tops = [area[1] + number * kind.pitch for number, row in enumerate(content.rows) if row.is_heading]
+    return tuple((area[0], top, area[2], top + kind.pitch) for top in tops)
+
+
+def _lines(content: Content, kind: Type, area: Rectangle) -> tuple[Rectangle, ...]:
+    x0, y0, x1, y1 = area
+    pitch = kind.pitch
+    if content.rules == "none":
+        return ()
+    if content.rules == "dashes":
+        ends = [y0 + pitch * (n + 1) for n, row in enumerate(content.rows) if row.has_rule]
+        step = kind.body.size / 2
+        return tuple((x, y, x + step / 2, y) for y in ends for x in np.arange(x0, x1 - step / 2, step).tolist())
+    under = [(x0, y0 + pitch * (n + 1), x1, y0 + pitch * (n + 1)) for n, row in enumerate(content.rows) if row.has_rule]
+    pad = kind.body.size * OVERHANG / 2
+    frame = [
+        (x0 - pad, y0, x1 + pad, y0),
+        (x0 - pad, y1, x1 + pad, y1),
+        (x0 - pad, y0, x0 - pad, y1),
+        (x1 + pad, y0, x1 + pad, y1),
+    ]
+    if content.rules == "frame":
+        return tuple(frame)
+    if content.rules == "lines":
+        return tuple(under)
+    starts = {cell.start for row in content.rows for cell in row.cells if cell.start > 0}
+    return (*under, *frame, *((x0 + (x1 - x0) * s, y0, x0 + (x1 - x0) * s, y1) for s in sorted(starts)))
