@@ -84,7 +84,7 @@ def kind_of(uri: str, source: Source) -> Kind | None:
         found = "tar"
     elif suffix == "parquet":
         found = "parquet"
-    elif suffix in IMAGE_SUFFIXES or not suffix or _names_inputs(source):
+    elif suffix in IMAGE_SUFFIXES or not suffix or names_inputs(source):
         found = "object"
     wanted: dict[str, Kind | None] = {"images": "object", "webdataset": "tar", "parquet": "parquet"}
     return found if wanted.get(source.format, found) == found else None
@@ -103,19 +103,24 @@ def expand(batch: InputBatch, source: Source) -> list[pa.Table]:
         return [_table([object_row(info, batch.kind, failure.code, failure.message)])]
 
 
-def _objects(source: Source, location: Location) -> Iterator[ObjectInfo]:
-    if _is_one_list(source):
-        return read_list(location, source.column)
-    base, pattern = _split_glob(location, source.glob)
-    if source.format == "list":
-        found = (info for info in _matching(base, pattern) if not info.uri.startswith("."))
-        return (entry for info in found for entry in read_list(location.at(info.uri), source.column))
-    return _matching(base, pattern)
-
-
-def _names_inputs(source: Source) -> bool:
+def names_inputs(source: Source) -> bool:
     """Whether lists name the inputs, so that each is one whatever it is called."""
     return source.format == "list" or _is_one_list(source)
+
+
+def list_files(source: Source, location: Location) -> Iterator[Location]:
+    """Yield the lists of a source for which `names_inputs` holds."""
+    if _is_one_list(source):
+        yield location
+        return
+    base, pattern = _split_glob(location, source.glob)
+    yield from (location.at(info.uri) for info in _matching(base, pattern) if not info.uri.startswith("."))
+
+
+def _objects(source: Source, location: Location) -> Iterator[ObjectInfo]:
+    if names_inputs(source):
+        return (info for file in list_files(source, location) for info in read_list(file, source.column))
+    return _matching(*_split_glob(location, source.glob))
 
 
 def _is_one_list(source: Source) -> bool:

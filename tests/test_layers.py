@@ -25,6 +25,7 @@ WITHOUT_RAY = (
     "ranges",
     "tar",
     "source",
+    "labelled",
     "commit",
     "lease",
     "decode_process",

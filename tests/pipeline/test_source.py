@@ -266,6 +266,11 @@ class TestLists:
         found = rows(Source(self.write(tmp_path / f"list.{suffix}", uris)))
         assert [r["uri"] for r in found] == uris
 
+    def test_a_relative_name_lies_beside_its_list(self, tmp_path: Path) -> None:
+        uris = ["1.jpg", "sub/2.jpg", "/absolute/3.jpg", "s3://b/4.jpg"]
+        found = [r["uri"] for r in rows(Source(self.write(tmp_path / "list.csv", uris)))]
+        assert found == [f"{tmp_path}/1.jpg", f"{tmp_path}/sub/2.jpg", "/absolute/3.jpg", "s3://b/4.jpg"]
+
     def test_a_spreadsheet_s_byte_order_mark_is_no_part_of_the_column(self, tmp_path: Path) -> None:
         (tmp_path / "list.csv").write_bytes(b"\xef\xbb\xbfuri,id\r\ns3://b/1.jpg,1\r\n")
         assert [r["uri"] for r in rows(Source(str(tmp_path / "list.csv")))] == ["s3://b/1.jpg"]
