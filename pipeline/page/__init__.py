@@ -14,7 +14,7 @@ SCRIPT = re.compile(r'<script src="([\w.]+)"></script>')
 
 @dataclass(frozen=True)
 class Page:
-    """The document and the Content-Security-Policy it needs: its own style and scripts by hash, its own server alone."""
+    """The document and its Content-Security-Policy: its own style and scripts by their hashes, its own server alone."""
 
     html: str
     policy: str

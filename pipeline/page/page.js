@@ -213,7 +213,7 @@ class Answer {
 
   close() {
     this.card.removeAttribute("aria-busy");
-    this.card.querySelector("dl").replaceChildren(...this.costs().map(costs));
+    if (this.first) this.card.querySelector("dl").replaceChildren(...this.costs().map(cost));
     const copy = this.card.querySelector(".copy");
     copy.hidden = !this.text.textContent;
     copy.onclick = () => navigator.clipboard.writeText(this.text.textContent).then(() => { copy.textContent = "Copied"; });
@@ -224,7 +224,7 @@ class Answer {
     const cached = usage?.prompt_tokens_details?.cached_tokens;
     const rate = usage && last > first ? ((usage.completion_tokens - 1) / (last - first)) * 1000 : 0;
     return [
-      first && [seconds(first - started), "first token"],
+      [seconds(first - started), "first token"],
       [seconds(performance.now() - started), "in total"],
       rate > 0 && [rate.toFixed(1), "tokens/s"],
       usage && [String(usage.completion_tokens), "tokens out"],
@@ -240,7 +240,7 @@ class Answer {
   }
 }
 
-function costs([value, name]) {
+function cost([value, name]) {
   const pair = element("div");
   pair.append(element("dt", "", name), element("dd", "", value));
   return pair;
