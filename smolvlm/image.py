@@ -10,7 +10,6 @@ composited on white.
 """
 
 import io
-import math
 import threading
 import warnings
 from collections.abc import Iterator
@@ -24,13 +23,13 @@ from PIL import Image, ImageChops
 
 from smolvlm.config import ImageConfig
 from smolvlm.formats import ALLOWED, is_truncated, sniff
+from smolvlm.tiling import first_size, whole_tiles
 
 Code = Literal[
     "empty", "not_an_image", "unsupported_format", "truncated", "too_many_pixels", "too_many_bytes", "decode_failed"
 ]
 UInt8 = npt.NDArray[np.uint8]
 
-MAX_EDGE = 4096  # transformers caps the first resize here (MAX_IMAGE_SIZE of image_processing_idefics3)
 ORIENTATION = 0x0112
 FLOAT32_MAX, FLOAT32_TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 TRANSPOSE = {
@@ -232,11 +231,12 @@ def split_image(image: Image.Image, config: ImageConfig, policy: ImagePolicy = I
     if 0 in image.size:
         raise ValueError(f"an image of {image.width}×{image.height} pixels cannot be split into tiles")
     image, side = _one_band_if_grey(image), config.tile_size
-    image = _resize(image, _first_size(*image.size, config, policy))
+    longest_edge = policy.longest_edge or config.longest_edge
+    image = _resize(image, first_size(*image.size, longest_edge, policy.upscale))
     splitting = config.do_image_splitting if policy.image_splitting is None else policy.image_splitting
     if not splitting:
         return _single(image, side)
-    image = _resize(image, _whole_tiles(*image.size, side))
+    image = _resize(image, whole_tiles(*image.size, side))
     return _single(image, side) if image.size == (side, side) else _cut(image, side)
 
 
@@ -255,44 +255,6 @@ def _one_band_if_grey(image: Image.Image) -> Image.Image:
 
 def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _first_size(width: int, height: int, config: ImageConfig, policy: ImagePolicy) -> tuple[int, int]:
-    """`get_resize_output_image_size` of transformers: longest edge to the target, the other edge even, both capped."""
-    longest = policy.longest_edge or config.longest_edge
-    if not policy.upscale and max(width, height) <= longest:
-        return _capped(width, height)
-    aspect = width / height
-    if width >= height:
-        return _capped(longest, max(_even(int(longest / aspect)), 1))
-    return _capped(max(_even(int(longest * aspect)), 1), longest)
-
-
-def _capped(width: int, height: int) -> tuple[int, int]:
-    aspect = width / height
-    if width >= height and width > MAX_EDGE:
-        return MAX_EDGE, max(int(MAX_EDGE / aspect), 1)
-    if height > width and height > MAX_EDGE:
-        return max(int(MAX_EDGE * aspect), 1), MAX_EDGE
-    return width, height
-
-
-def _whole_tiles(width: int, height: int, side: int) -> tuple[int, int]:
-    """`resize_for_vision_encoder` of transformers: both edges up to whole tiles, the longer one first."""
-    aspect = width / height
-    if width >= height:
-        width = _round_up(width, side)
-        return width, _round_up(int(width / aspect), side)
-    height = _round_up(height, side)
-    return _round_up(int(height * aspect), side), height
-
-
-def _even(edge: int) -> int:
-    return edge + edge % 2
-
-
-def _round_up(edge: int, side: int) -> int:
-    return math.ceil(edge / side) * side
 
 
 def _single(image: Image.Image, side: int) -> Tiles:
