@@ -23,7 +23,7 @@ from PIL import Image, ImageChops
 
 from smolvlm.config import ImageConfig
 from smolvlm.formats import ALLOWED, is_truncated, sniff
-from smolvlm.tiling import first_size, whole_tiles
+from smolvlm.tiling import first_size, largest_edge, whole_tiles
 
 Code = Literal[
     "empty", "not_an_image", "unsupported_format", "truncated", "too_many_pixels", "too_many_bytes", "decode_failed"
@@ -80,16 +80,27 @@ class ImagePolicy:
     """Deviations from the checkpoint's own rule.
 
     `longest_edge` (pixels) replaces the checkpoint's; `upscale=False` never enlarges the longest edge, so that a small
-    image makes few tiles; `image_splitting` None is the checkpoint's own choice.
+    image makes few tiles; `image_splitting` None is the checkpoint's own choice. `max_tiles` lowers the longest edge of
+    each image as far as its tiles, the global one among them, need it.
     """
 
     longest_edge: int | None = None
     upscale: bool = True
     image_splitting: bool | None = None
+    max_tiles: int | None = None
 
     def __post_init__(self) -> None:
         if self.longest_edge is not None and self.longest_edge < 1:
             raise ValueError(f"longest_edge {self.longest_edge} must be at least 1, or None for the checkpoint's own")
+        if self.max_tiles is not None and self.max_tiles < 1:
+            raise ValueError(f"max_tiles {self.max_tiles} must be at least 1, or None for no cap")
+
+    def edge_for(self, width: int, height: int, config: ImageConfig) -> int:
+        """The longest edge that an image of this size is resized to, in pixels."""
+        edge = self.longest_edge or config.longest_edge
+        if self.max_tiles is None:
+            return edge
+        return largest_edge(width, height, config.tile_size, edge, self.upscale, self.max_tiles)
 
 
 @dataclass(frozen=True)
@@ -231,8 +242,7 @@ def split_image(image: Image.Image, config: ImageConfig, policy: ImagePolicy = I
     if 0 in image.size:
         raise ValueError(f"an image of {image.width}×{image.height} pixels cannot be split into tiles")
     image, side = _one_band_if_grey(image), config.tile_size
-    longest_edge = policy.longest_edge or config.longest_edge
-    image = _resize(image, first_size(*image.size, longest_edge, policy.upscale))
+    image = _resize(image, first_size(*image.size, policy.edge_for(*image.size, config), policy.upscale))
     splitting = config.do_image_splitting if policy.image_splitting is None else policy.image_splitting
     if not splitting:
         return _single(image, side)

@@ -5,7 +5,7 @@ split image makes rows * cols tiles and the global one.
 """
 
 import math
-from functools import cache
+from functools import lru_cache
 
 MAX_EDGE = 4096  # transformers caps the first resize here (MAX_IMAGE_SIZE of image_processing_idefics3)
 
@@ -44,14 +44,13 @@ def num_tiles(rows: int, cols: int) -> int:
     return rows * cols + 1
 
 
-@cache
+@lru_cache(maxsize=1024)
 def largest_edge(width: int, height: int, side: int, longest_edge: int, upscale: bool, max_tiles: int) -> int:
     """The largest longest edge, up to `longest_edge`, at which an image makes at most `max_tiles` tiles.
 
-    There is always one, since an edge of one tile splits nothing. Raises ValueError for `max_tiles` below 1.
+    There is always one, since an edge of one tile splits nothing.
     """
-    if max_tiles < 1:
-        raise ValueError(f"max_tiles {max_tiles} must be at least 1: the whole image is a tile of its own")
+    assert max_tiles >= 1, "the whole image is a tile of its own"
     edges = range(longest_edge, side, -1)
     fitting = (edge for edge in edges if num_tiles(*grid(width, height, side, edge, upscale)) <= max_tiles)
     return next(fitting, min(side, longest_edge))

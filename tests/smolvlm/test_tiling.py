@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -44,19 +44,23 @@ def test_a_cap_gives_the_largest_image_that_keeps_it(
         assert num_tiles(*grid(*size, SIDE, edge + 1, True)) > max_tiles
 
 
+@settings(deadline=None)
 @given(edges, edges, st.booleans(), st.integers(1, 30))
 def test_no_image_ever_makes_more_tiles_than_the_cap(width: int, height: int, upscale: bool, max_tiles: int) -> None:
     edge = largest_edge(width, height, SIDE, LONGEST, upscale, max_tiles)
     assert num_tiles(*grid(width, height, SIDE, edge, upscale)) <= max_tiles
 
 
-def test_the_cut_image_keeps_the_cap() -> None:
-    edge = largest_edge(200, 150, TINY.tile_size, TINY.longest_edge, True, 7)
-    tiles = split_image(Image.new("RGB", (200, 150), "teal"), TINY, ImagePolicy(longest_edge=edge))
-    assert tiles.pixels.shape == (5, 32, 32, 3)
-    assert np.unique(tiles.pixels.reshape(-1, 3), axis=0).tolist() == [[0, 128, 128]]
+def test_a_policy_caps_each_image_by_its_own_shape() -> None:
+    policy = ImagePolicy(max_tiles=5)
+    for size, shape in {(200, 150): (5, 2, 2), (150, 30): (5, 1, 4), (20, 20): (5, 2, 2)}.items():
+        tiles = split_image(Image.new("RGB", size, "teal"), TINY, policy)
+        assert (len(tiles.pixels), tiles.rows, tiles.cols) == shape
+        assert np.unique(tiles.pixels.reshape(-1, 3), axis=0).tolist() == [[0, 128, 128]]
+    assert len(split_image(Image.new("RGB", (200, 150)), TINY, ImagePolicy(max_tiles=1)).pixels) == 1
+    assert len(split_image(Image.new("RGB", (20, 20)), TINY, ImagePolicy(max_tiles=5, upscale=False)).pixels) == 1
 
 
 def test_a_cap_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="max_tiles 0 must be at least 1"):
-        largest_edge(10, 10, SIDE, LONGEST, True, 0)
+        ImagePolicy(max_tiles=0)
