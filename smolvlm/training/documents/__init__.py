@@ -1,4 +1,4 @@
-"""Synthetic text documents: every picture, its text and the place of every character follow from a seed and an index."""
+"""Synthetic text documents: picture, text and every character's place follow from a seed and an index."""
 
 from smolvlm.training.documents.fonts import font_families
 from smolvlm.training.documents.generator import Document, DocumentGenerator

@@ -13,26 +13,24 @@ Colour = tuple[int, int, int]
 FLAWS = ("small", "blurred", "noisy", "turned", "faint", "coloured")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 FLAT = ("screenshot",)  # never photographed
+BRIGHTEST, DARKEST = 252.0, 4.0
 
 
 @dataclass(frozen=True)
-class Colours:
-    """Paper, text, rules, and what lies around the paper."""
+class Look:
+    """Colours and wear of a document.
+
+    paper, ink, desk: colours of the page, of the text, and of what lies around the page.
+    rule, band: how much ink lines and the bands behind headings carry, 0 to 1.
+    shade: amplitude of uneven light in grey levels. blur: standard deviation in font sizes.
+    noise: standard deviation in grey levels. quality: of JPEG; None: not compressed.
+    """
 
     paper: Colour
     ink: Colour
-    rule: Colour
     desk: Colour
-
-
-@dataclass(frozen=True)
-class Wear:
-    """What is done to the drawn page.
-
-    shade: amplitude of uneven light and texture in grey levels.
-    blur: standard deviation in font sizes. noise: standard deviation in grey levels. quality: of JPEG; None: no JPEG.
-    """
-
+    rule: float
+    band: float
     shade: float
     blur: float
     noise: float
@@ -44,39 +42,35 @@ def choose_flaws(random: Random, share: float) -> frozenset[str]:
     return frozenset(random.sample(FLAWS, random.choice((1, 1, 2)))) if random.random() < share else frozenset()
 
 
-def choose_wear(random: Random, flaws: frozenset[str], kind: str) -> Wear:
-    flat = kind in FLAT or random.random() < 0.25
-    return Wear(
-        shade=0.0 if flat else random.uniform(0, 24),
-        blur=random.uniform(0.05, 0.085) if "blurred" in flaws else random.choice((0.0, random.uniform(0, 0.03))),
-        noise=random.uniform(14, 32) if "noisy" in flaws else random.choice((0.0, 0.0, random.uniform(1, 6))),
-        quality=random.randint(12, 30) if "noisy" in flaws else random.choice((None, None, random.randint(55, 95))),
+def choose_look(random: Random, flaws: frozenset[str], kind: str) -> Look:
+    paper, ink = _paper_and_ink(random, flaws, kind)
+    worn = "noisy" in flaws
+    return Look(
+        paper,
+        ink,
+        desk=_tinted(random, random.uniform(0, 255), 60),
+        rule=random.uniform(0.3, 0.8),
+        band=random.uniform(0.05, 0.15),
+        shade=0.0 if kind in FLAT or "faint" in flaws or random.random() < 0.25 else random.uniform(2, 20),
+        blur=random.uniform(0.05, 0.085) if "blurred" in flaws else random.choice((0.0, random.uniform(0.01, 0.03))),
+        noise=random.uniform(14, 32) if worn else random.choice((0.0, 0.0, random.uniform(1, 6))),
+        quality=random.randint(12, 30) if worn else random.choice((None, None, random.randint(55, 95))),
     )
 
 
-def choose_colours(random: Random, flaws: frozenset[str], kind: str) -> Colours:
-    """Draw colours whose luma differs by at least 100 of 255, 60 to 100 if coloured, 28 to 55 if faint."""
+def _paper_and_ink(random: Random, flaws: frozenset[str], kind: str) -> tuple[Colour, Colour]:
+    """Draw two colours whose luma differs by 28 to 55 of 255 if faint, 60 to 100 if coloured, and else by more."""
     colourful = "coloured" in flaws or (kind == "sign" and random.random() < 0.6)
-    tint = 255 if colourful else random.choice((0, 10, 30))
-    contrast = (
-        random.uniform(28, 55)
-        if "faint" in flaws
-        else random.uniform(60, 100)
-        if "coloured" in flaws
-        else (random.uniform(100, 235))
-    )
-    dark = random.uniform(5, 250 - contrast)
-    if "faint" not in flaws and not colourful:
-        dark = min(dark, random.uniform(5, 70))
-    light = dark + contrast if random.random() < 0.5 else min(max(250.0, dark + contrast), 250.0)
-    if "faint" in flaws or "coloured" in flaws:
-        light = dark + contrast
-    paper, ink = (light, dark) if random.random() < (0.5 if kind in ("sign", "screenshot") else 0.85) else (dark, light)
-    paper_colour, ink_colour = _tinted(random, paper, tint), _tinted(random, ink, tint)
-    share = random.uniform(0.3, 0.8)
-    return Colours(
-        paper_colour, ink_colour, _between(paper_colour, ink_colour, share), _tinted(random, random.uniform(0, 255), 60)
-    )
+    low, high = (28, 55) if "faint" in flaws else (60, 100) if "coloured" in flaws else (110, 235)
+    contrast = random.uniform(low, high)
+    paper_above = random.random() < (0.5 if kind in ("sign", "screenshot") else 0.88)
+    # Ordinary paper is nearly white, or black where the ink is light: the ink takes up the contrast.
+    spare = BRIGHTEST - DARKEST - contrast
+    offset = spare * (random.random() if flaws & {"faint", "coloured"} or colourful else random.random() ** 3 * 0.6)
+    paper = BRIGHTEST - offset if paper_above else DARKEST + offset
+    ink = paper - contrast if paper_above else paper + contrast
+    tint = 255.0 if colourful else random.choice((0.0, 10.0, 40.0))
+    return _tinted(random, paper, tint), _tinted(random, ink, tint)
 
 
 def _tinted(random: Random, luma: float, tint: float) -> Colour:
@@ -84,13 +78,10 @@ def _tinted(random: Random, luma: float, tint: float) -> Colour:
     offsets = [random.uniform(-0.5, 0.5) * tint for _ in LUMA]
     mean = sum(weight * offset for weight, offset in zip(LUMA, offsets, strict=True))
     shifts = [offset - mean for offset in offsets]
-    room = min(1.0, *((255 - luma) / s if s > 0 else luma / -s for s in shifts if abs(s) > 1e-6), 1.0)
-    red, green, blue = (round(min(max(luma + shift * room, 0), 255)) for shift in shifts)
-    return red, green, blue
-
-
-def _between(a: Colour, b: Colour, share: float) -> Colour:
-    red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+    room = min(
+        1.0, *((255 - luma) / shift if shift > 0 else luma / -shift for shift in shifts if abs(shift) > 1e-6), 1.0
+    )
+    red, green, blue = (round(luma + shift * room) for shift in shifts)
     return red, green, blue
 
 

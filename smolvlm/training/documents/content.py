@@ -187,7 +187,7 @@ def _receipt_details(writer: Writer, space: Space) -> list[Row]:
 
 
 def _receipt_tail(writer: Writer, space: Space) -> list[Row]:
-    ends = (
+    ends: tuple[Callable[[], Row], ...] = (
         lambda: _pair(writer.pick("VAT", "TAX", "Sales tax", "Tip", "Service"), writer.price(20), space),
         lambda: _pair(writer.pick("CASH", "CARD", "VISA", "PIN", "Change", "Paid"), writer.price(), space),
         lambda: Row(

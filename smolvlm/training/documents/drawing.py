@@ -1,52 +1,81 @@
-"""Draws a page and wears it down."""
+"""Draws a page and wears it down. All work on pixels is Pillow's, most of it on one channel: how much ink there is."""
 
 from __future__ import annotations
 
+from functools import cache
 from io import BytesIO
+from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from smolvlm.training.documents.appearance import Colour, Colours, Wear, _between
+from smolvlm.training.documents.appearance import Colour, Look
+from smolvlm.training.documents.geometry import Warp
 from smolvlm.training.documents.layout import Page
 
-SHADES = 5  # uneven light: a grid of random greys, stretched over the page
+COVER = 255
+LIGHTS = 5  # uneven light: a grid of random greys, stretched over the page
+GRAIN = 1024  # edge of the field of noise that documents cut theirs from; wider than most of them
+DEVIATION = 40  # of that field in grey levels, so that it is rarely clipped
+MIDDLE = 128
 
 
-def draw(page: Page, size: tuple[int, int], colours: Colours, wear: Wear, noise: np.random.Generator) -> Image.Image:
-    """Draw the page on paper of the size (width, height); RGB."""
-    image = _paper(size, colours.paper, wear.shade, noise)
-    pen = ImageDraw.Draw(image)
+def draw(
+    page: Page, size: tuple[int, int], font_size: float, look: Look, warp: Warp | None, random: Random
+) -> Image.Image:
+    """Draw the page on an image of the size (width, height), its type `font_size` pixels high; RGB."""
+    ink = _ink(page, size, look)
+    if warp:
+        ink = warp.image(ink)
+    if look.blur:
+        ink = ink.filter(ImageFilter.GaussianBlur(look.blur * font_size))
+    image = Image.composite(Image.new("RGB", size, look.ink), _paper(size, look, warp, random), ink)
+    if look.noise:
+        image = ImageChops.add(image, _grain(size, look.noise, random), 1, -MIDDLE)
+    return _compressed(image, look.quality) if look.quality else image
+
+
+def _ink(page: Page, size: tuple[int, int], look: Look) -> Image.Image:
+    ink = Image.new("L", size)
+    pen = ImageDraw.Draw(ink)
     for band in page.bands:
-        pen.rectangle(band, _between(colours.paper, colours.ink, 0.12))
+        pen.rectangle(band, round(COVER * look.band))
     for x0, y0, x1, y1 in page.lines:
-        pen.line((x0, y0, x1, y1), colours.rule, 1 + min(size) // 400)
+        pen.line((x0, y0, x1, y1), round(COVER * look.rule), 1 + min(size) // 400)
     for run in page.runs:
-        pen.text((run.x, run.y), run.text, colours.ink, run.face.font, anchor="ls")
-    return image
+        pen.text((run.x, run.y), run.text, COVER, run.face.font, anchor="ls")
+    return ink
 
 
-def _paper(size: tuple[int, int], colour: Colour, shade: float, noise: np.random.Generator) -> Image.Image:
-    if not shade:
-        return Image.new("RGB", size, colour)
-    coarse = noise.standard_normal((SHADES, SHADES), np.float32)
-    light = Image.fromarray(coarse * np.float32(shade / 2)).resize(size, Image.Resampling.BICUBIC)
-    pixels = np.asarray(light)[..., None] + np.array(colour, np.float32)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+def _paper(size: tuple[int, int], look: Look, warp: Warp | None, random: Random) -> Image.Image:
+    paper = _lit(size, look.paper, look.shade, random) if look.shade else Image.new("RGB", size, look.paper)
+    if warp:
+        around = Image.new("L", size, COVER)
+        ImageDraw.Draw(around).polygon([tuple(corner) for corner in warp.outline()], 0)
+        paper.paste(look.desk, (0, 0), around)
+    return paper
 
 
-def wear_down(image: Image.Image, wear: Wear, size: float, noise: np.random.Generator) -> Image.Image:
-    """Blur, add noise and compress; `size` is that of the font in pixels."""
-    if wear.blur:
-        image = image.filter(ImageFilter.GaussianBlur(wear.blur * size))
-    if wear.noise:
-        image = _noisy(image, wear.noise, noise)
-    return _compressed(image, wear.quality) if wear.quality else image
+def _lit(size: tuple[int, int], colour: Colour, shade: float, random: Random) -> Image.Image:
+    greys = bytes(round(random.uniform(MIDDLE - shade, MIDDLE + shade)) for _ in range(LIGHTS * LIGHTS))
+    light = Image.frombytes("L", (LIGHTS, LIGHTS), greys).resize(size, Image.Resampling.BICUBIC)
+    channels = [light.point([min(max(level + grey - MIDDLE, 0), 255) for grey in range(256)]) for level in colour]
+    return Image.merge("RGB", channels)
 
 
-def _noisy(image: Image.Image, deviation: float, noise: np.random.Generator) -> Image.Image:
-    grain = noise.standard_normal((image.height, image.width, 1), np.float32) * np.float32(deviation)
-    return Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
+def _grain(size: tuple[int, int], deviation: float, random: Random) -> Image.Image:
+    field = _field()
+    width, height = size
+    across, down = (random.randint(0, max(GRAIN - edge, 0)) for edge in size)
+    cut = field.crop((across, down, across + min(width, GRAIN), down + min(height, GRAIN))).resize(size)
+    grain = cut.point([round(MIDDLE + (grey - MIDDLE) * deviation / DEVIATION) for grey in range(256)])
+    return Image.merge("RGB", (grain, grain, grain))
+
+
+@cache
+def _field() -> Image.Image:
+    greys = np.random.default_rng(0).normal(MIDDLE, DEVIATION, (GRAIN, GRAIN))
+    return Image.fromarray(greys.clip(0, 255).astype(np.uint8))
 
 
 def _compressed(image: Image.Image, quality: int) -> Image.Image:

@@ -1,7 +1,7 @@
 """Which font families there are, which split each belongs to, and how wide their glyphs are.
 
 Nothing is bundled: fonts come from matplotlib (DejaVu), from PyPI's `font-*` packages and from the system's font
-packages, whatever of them is installed. A family is taken if it holds the whole charset in both cases.
+packages, whatever of them is installed. A family is taken if it holds the whole charset and no two characters look alike.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import groupby
 from pathlib import Path
 
 from PIL import ImageFont
@@ -21,6 +22,9 @@ PACKAGES = (
     "font_hanken_grotesk", "font_lato", "font_fredoka_one",
 )  # fmt: skip
 SYSTEM_FONTS = Path("/usr/share/fonts")
+RAREST = "Az~|@`£€°é"  # a font that has these has the whole charset
+MEASURED = 128.0  # font size in pixels
+Rectangle = tuple[float, float, float, float]
 
 # Families that training never sees, with their relatives: a design is on one side as a whole. A name stands for every
 # family whose name begins with the same words (Noto: Noto Sans, Noto Serif Display).
@@ -30,8 +34,8 @@ HELD_OUT = (
     "Old Standard", "Open Sans", "PT", "Source Serif", "TeX Gyre Schola", "Tuffy", "Vollkorn",
 )  # fmt: skip
 UNREADABLE = (
-    "Amatic", "D050000L", "LastResort", "Standard Symbols", "Symbola", "Z003", "TeX Gyre Chorus", "STIXIntegrals",
-    "DejaVu Sans Display", "DejaVu Serif Display", "Linux Biolinum Keyboard", "Linux Libertine Initials", "Lato Hairline",
+    "Amatic", "CMU Classical Serif", "CMU Serif Upright Italic", "D050000L", "Last Resort", "Romande ADF Script", "Standard Symbols", "Symbola", "Z003", "TeX Gyre Chorus", "STIXIntegrals",
+    "DejaVu Sans Display", "DejaVu Serif Display", "Linux Biolinum Keyboard", "Linux Libertine Initials",
 )  # fmt: skip
 UNREADABLE_STYLES = (
     "thin",
@@ -65,32 +69,45 @@ class Style:
 class Face:
     """A style at a size, with the measures that layout needs, in pixels."""
 
+    path: Path
     font: ImageFont.FreeTypeFont
     size: float
     ascent: float
     descent: float
-    em: float  # mean advance of running text
 
     def length(self, text: str) -> float:
         return self.font.getlength(text)
 
-    def glyph(self, character: str) -> tuple[float, tuple[float, float, float, float]]:
+    def glyph(self, character: str) -> tuple[float, Rectangle]:
         """Return the advance and the ink's box (x0, y0, x1, y1) from the origin on the baseline."""
-        return _glyph(self.font, character)
+        advance, box = _glyph(self.path, character)
+        scale = self.size / MEASURED
+        return advance * scale, (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
 
 
-@lru_cache(maxsize=200_000)
-def _glyph(font: ImageFont.FreeTypeFont, character: str) -> tuple[float, tuple[float, float, float, float]]:
+@lru_cache(maxsize=100_000)
+def _glyph(path: Path, character: str) -> tuple[float, Rectangle]:
+    """Measure a glyph at one large size for all: close to a pixel, and no size pays for its own measures."""
+    font = _font(path, MEASURED)
     return font.getlength(character), font.getbbox(character, anchor="ls")
 
 
 @lru_cache(maxsize=2048)
+def _font(path: Path, size: float) -> ImageFont.FreeTypeFont:
+    """Open a font with the plain layout engine, so that no optional library matters."""
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
 def face(path: Path, size: float) -> Face:
-    """Return the font file at a size in pixels; the plain layout engine, so that no optional library matters."""
-    font = ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
-    left, top, right, bottom = font.getbbox("|gjpqyÉ({[_@$", anchor="ls")
-    sample = "the quick brown fox 0123 jumps over Lazy Dogs"
-    return Face(font, size, -top, bottom, font.getlength(sample) / len(sample))
+    """Return the font file at a size in pixels."""
+    ascent, descent = _heights(path)
+    return Face(path, _font(path, size), size, ascent * size, descent * size)
+
+
+@lru_cache(maxsize=2048)
+def _heights(path: Path) -> tuple[float, float]:
+    boxes = [_glyph(path, character)[1] for character in CHARACTERS]
+    return max(-box[1] for box in boxes) / MEASURED, max(box[3] for box in boxes) / MEASURED
 
 
 def split_of(family: str) -> Split:
@@ -105,7 +122,7 @@ def font_families(split: Split) -> tuple[str, ...]:
 
 @cache
 def styles(split: Split) -> dict[str, tuple[Style, ...]]:
-    """Return family → its styles, in an order that does not depend on where the files lie.
+    """Return family → its styles, sorted by name, so that it does not matter where the files lie.
 
     Raises:
         ValueError: no family of the split is installed.
@@ -113,10 +130,17 @@ def styles(split: Split) -> dict[str, tuple[Style, ...]]:
     families: dict[str, dict[str, Style]] = {}
     for style in _installed():
         if split_of(style.family) == split:
-            families.setdefault(style.family, {}).setdefault(style.name, style)
+            families.setdefault(style.family, {}).setdefault(style.path.stem, style)
     if not families:
         raise ValueError(f"no font family of split {split} is installed; pip install 'smolvlm-pipeline[train]'")
     return {family: tuple(named[name] for name in sorted(named)) for family, named in sorted(families.items())}
+
+
+@cache
+def relatives(split: Split) -> tuple[tuple[str, ...], ...]:
+    """Return the split's families in groups that share the first word of their names, hence mostly a design."""
+    grouped = groupby(font_families(split), key=lambda family: family.split()[0])
+    return tuple(tuple(families) for _, families in grouped)
 
 
 @cache
@@ -136,19 +160,28 @@ def _is_of_another_script(path: Path) -> bool:
 
 
 def _readable(path: Path) -> Style | None:
-    font = ImageFont.truetype(path, 24, layout_engine=ImageFont.Layout.BASIC)
+    font = ImageFont.truetype(path, 48, layout_engine=ImageFont.Layout.BASIC)
     family, name = font.getname()
     if not family or not name or _begins_with_one_of(family, UNREADABLE):
         return None
     if any(word in f"{family} {name}".lower() for word in UNREADABLE_STYLES):
         return None
-    return Style(family, name, path) if _has_every_glyph(font) else None
+    return Style(family, name, path) if _is_legible(font) else None
 
 
-def _has_every_glyph(font: ImageFont.FreeTypeFont) -> bool:
+def _is_legible(font: ImageFont.FreeTypeFont) -> bool:
+    """Whether the charset is there, small letters are not small capitals, and 0 is not the size of o."""
     missing = _ink(font, "\uffff")
-    drawn = {character: _ink(font, character) for character in CHARACTERS}
-    return missing not in drawn.values() and b"" not in drawn.values() and drawn["a"] != drawn["A"]
+    drawn = [_ink(font, character) for character in RAREST]
+    has_descender = font.getbbox("p", anchor="ls")[3] > font.size / 10
+    return (
+        missing not in drawn and b"" not in drawn and has_descender and _height(font, "0") > 1.15 * _height(font, "o")
+    )
+
+
+def _height(font: ImageFont.FreeTypeFont, character: str) -> float:
+    _, top, _, bottom = font.getbbox(character, anchor="ls")
+    return bottom - top
 
 
 def _ink(font: ImageFont.FreeTypeFont, character: str) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import exp, log
 from random import Random
 from typing import get_args
@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from smolvlm.training.documents.appearance import choose_colours, choose_flaws, choose_warp, choose_wear
+from smolvlm.training.documents.appearance import choose_flaws, choose_look, choose_warp
 from smolvlm.training.documents.content import Space, write
-from smolvlm.training.documents.drawing import draw, wear_down
-from smolvlm.training.documents.fonts import Style, face, styles
+from smolvlm.training.documents.drawing import draw
+from smolvlm.training.documents.fonts import Rectangle, Style, face, relatives, styles
 from smolvlm.training.documents.geometry import Warp
-from smolvlm.training.documents.layout import OVERHANG, Page, Rectangle, Type, overflow, place
+from smolvlm.training.documents.layout import OVERHANG, Page, Type, overflow, place
 from smolvlm.training.documents.options import DocumentOptions, Split
 from smolvlm.training.documents.writer import Writer
 
@@ -58,7 +58,7 @@ class DocumentGenerator:
 
     split: Split
     seed: int
-    options: DocumentOptions = DocumentOptions()
+    options: DocumentOptions = field(default_factory=DocumentOptions)
 
     def __post_init__(self) -> None:
         if self.split not in get_args(Split):
@@ -75,20 +75,16 @@ class DocumentGenerator:
         if index < 0:
             raise ValueError(f"index is {index}; it must be at least 0")
         random = Random(_digest(f"{self.split} {self.seed} {index}"))
-        noise = np.random.default_rng(random.getrandbits(64))
         kinds = self.options.kinds
         kind = random.choices(list(kinds), list(kinds.values()))[0]
         flaws = choose_flaws(random, self.options.degraded_share)
         size = _page_size(random, kind, self.options)
         warp = choose_warp(random, flaws, kind, size)
-        wear = choose_wear(random, flaws, kind)
-        family, named = random.choice(list(styles(self.split).items()))
-        setting = _choose_setting(random, kind, named, size, "small" in flaws, self.options)
+        family = random.choice(random.choice(relatives(self.split)))
+        setting = _choose_setting(random, kind, styles(self.split)[family], size, "small" in flaws, self.options)
         page, pixels = _typeset(Writer(random, self.split), kind, setting, size, warp, self.options)
-        colours = choose_colours(random, flaws, kind)
-        image = draw(page, size, colours, wear, noise)
+        image = draw(page, size, pixels, choose_look(random, flaws, kind), warp, random)
         boxes = warp.boxes(page.boxes) if warp else page.boxes
-        image = wear_down(warp.image(image, colours.desk) if warp else image, wear, pixels, noise)
         return Document(image, page.text, boxes, kind, bool(flaws), family)
 
 

@@ -47,13 +47,16 @@ class Warp:
         moved = self.points(_corners(*area))
         return bool((moved >= margin).all() and (moved <= np.array(self.size) - margin).all())
 
-    def image(self, page: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
-        """Return the page as the map shows it, with `fill` where there is no page."""
+    def outline(self) -> list[list[float]]:
+        """Return where the corners of the page go, [4, 2]."""
+        outline: list[list[float]] = self.points(_corners(0, 0, *self.size)).tolist()
+        return outline
+
+    def image(self, page: Image.Image) -> Image.Image:
+        """Return the page as the map shows it, black where there is no page."""
         inverse = np.linalg.inv(self.matrix)
         coefficients = (inverse / inverse[2, 2]).ravel()[:8].tolist()
-        return page.transform(
-            self.size, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BILINEAR, fillcolor=fill
-        )
+        return page.transform(self.size, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BILINEAR)
 
 
 def _corners(x0: float, y0: float, x1: float, y1: float) -> Floats:

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smolvlm.training.documents.content import Cell, Content, Row
-from smolvlm.training.documents.fonts import Face
+from smolvlm.training.documents.fonts import Face, Rectangle
 
-Rectangle = tuple[float, float, float, float]
 NOWHERE = (float("nan"),) * 4
 OVERHANG = 0.25  # of the size: how far the ink of an italic or accented glyph may leave its advance
 

@@ -48,7 +48,10 @@ def words(split: Split) -> tuple[str, ...]:
     packed = files("spellchecker").joinpath("resources/en.json.gz").read_bytes()
     counts: dict[str, int] = json.loads(gzip.decompress(packed))
     common = sorted(counts, key=lambda word: (-counts[word], word))[:WORDS]
-    return tuple(word for word in common if DRAWABLE.fullmatch(word) and belongs(word, split))
+    rude = frozenset(files("better_profanity").joinpath("profanity_wordlist.txt").read_text().split())
+    stems = tuple(sorted(word for word in rude if len(word) > SHORTEST_UNIT))
+    decent = [word for word in common if word not in rude and not word.startswith(stems)]
+    return tuple(word for word in decent if DRAWABLE.fullmatch(word) and belongs(word, split))
 
 
 @cache

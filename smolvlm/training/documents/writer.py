@@ -108,9 +108,12 @@ class Writer:
         )
 
     def url(self) -> str:
-        start = self.random.choice(("www.", "https://", "http://", ""))
+        return self.own(self._url)
+
+    def _url(self) -> str:
+        start = self.pick("www.", "https://", "http://", "ftp://", "")
         end = self.random.choice(("", "", f"/{self.word(8)}", f"/{self.word(6)}?id={self.random.randint(1, 999)}"))
-        return self.own(lambda: f"{start}{self.word(9)}.{self.random.choice(DOMAINS)}{end}")
+        return f"{start}{self.word(9)}.{self.random.choice(DOMAINS)}{end}"
 
     def token(self) -> str:
         """Draw a word in some case, a number, price, date, time, code, mail address or telephone number."""
