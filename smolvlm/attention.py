@@ -1,6 +1,6 @@
-"""The paged key/value cache and the two ways to attend to it: packed prefill and batched decode.
+"""The paged key/value cache and three ways to attend to it: packed prefill, prefill behind a cached beginning, decode.
 
-Both ways offer `positions` and `attend`, which is all the text decoder knows of them; other backends (a fused kernel, a
+All offer `positions` and `attend`, which is all the text decoder knows of them; other backends (a fused kernel, a
 graph-captured decode) take their place behind the same two names.
 """
 
@@ -90,6 +90,33 @@ class PackedPrefill:
 
 
 @dataclass(frozen=True)
+class PagedPrefill:
+    """The fresh tokens of prompts one after the other; each prompt attends causally to itself, its beginning in pages.
+
+    `prefixes` has an entry a prompt: its pages up to its last fresh token, int64 [1, N], and which of their positions
+    each fresh token sees, bool [n, N * block_size]; None where nothing lies before the fresh tokens.
+    """
+
+    lengths: tuple[int, ...]  # fresh tokens of each prompt
+    positions: Tensor  # int64 [T], T = sum(lengths)
+    slots: Tensor  # int64 [T]
+    prefixes: tuple[tuple[Tensor, Tensor] | None, ...]
+    cache: KVCache
+
+    def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        self.cache.write(layer, self.slots, kv)
+        parts = zip(q.split(self.lengths), kv.split(self.lengths), self.prefixes, strict=True)
+        return torch.cat([self._attend(layer, *part) for part in parts])
+
+    def _attend(self, layer: int, q: Tensor, kv: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
+        if prefix is None:
+            return causal_attention(q, *kv.unbind(1))
+        block_table, visible = prefix
+        k, v = self.cache.gather(layer, block_table).squeeze(0).unbind(1)  # [L, kv_heads, D] each
+        return masked_attention(q, k, v, visible)
+
+
+@dataclass(frozen=True)
 class PagedDecode:
     """One new token for each of B sequences, attending to the pages of its own sequence."""
 
@@ -116,6 +143,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))  # [1, heads, T, D]
     attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return attended.squeeze(0).transpose(0, 1)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """q [T, heads, D], k and v [L, kv_heads, D] of one sequence, visible bool [T, L] → [T, heads, D]."""
+    length, num_heads, head_dim = q.shape
+    group = num_heads // k.shape[1]
+    q = q.view(length, k.shape[1], group, head_dim).permute(1, 2, 0, 3)  # [kv_heads, group, T, D]
+    k, v = (tensor.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1) for tensor in (k, v))
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return attended.permute(2, 0, 1, 3).reshape(length, num_heads, head_dim)
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:

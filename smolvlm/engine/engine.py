@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import abc
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from smolvlm.attention import KVCache
 from smolvlm.config import ModelConfig
+from smolvlm.engine.admission import Limits
 from smolvlm.engine.block_manager import BlockManager
+from smolvlm.engine.prefix import BlockKeys, TileNames, by_content, by_identity
 from smolvlm.engine.runner import Chosen, Runner
-from smolvlm.engine.scheduler import Decode, Encode, Limits, Prefill, Scheduler
-from smolvlm.engine.sequence import BATCH, Completion, OnToken, Sequence
+from smolvlm.engine.scheduler import Decode, Encode, Prefill, Scheduler
+from smolvlm.engine.sequence import BATCH, ONLINE, Completion, OnToken, Sequence
 from smolvlm.engine.stats import Counters
 from smolvlm.hub import resolve_checkpoint
 from smolvlm.model import SmolVLM
@@ -26,6 +30,10 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 BLOCK_SIZE = 16
+CPU_LIMITS = Limits(16, 2048, tile_batch=1, online_sequences=4, piece_tokens=512, piece_tiles=1)
+GPU_LIMITS = Limits(256, 16384, tile_batch=32, online_sequences=32, piece_tokens=4096, piece_tiles=8)
+ONLINE_SHARE = 8  # one page in so many is kept for online sequences
+CPU_CACHE_BYTES = GIB * ONLINE_SHARE // (ONLINE_SHARE - 1)  # 1 GiB for batch work
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,15 +45,26 @@ class Engine:
     """Generates answers for many inputs at once, on one device. Not thread-safe: EngineLoop gives it a thread.
 
     New sequences join between steps and finished ones leave. What an input holds (tiles, image features, cache pages)
-    is given back as soon as it is used up.
+    is given back as soon as it is used up. With `prefix_caching`, prompts that begin alike share the pages of what they
+    have in common: the turns of a conversation, and several tasks on one image that precedes them.
     """
 
-    def __init__(self, model: SmolVLM, cache: KVCache, num_blocks: int, limits: Limits, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: SmolVLM,
+        cache: KVCache,
+        num_blocks: int,
+        limits: Limits,
+        device: torch.device,
+        prefix_caching: bool = True,
+    ) -> None:
         self.config: ModelConfig = model.config
-        self.max_tokens = min(model.config.text.max_positions, num_blocks * cache.block_size)
+        self.max_tokens = min(model.config.text.max_positions, (num_blocks - limits.online_blocks) * cache.block_size)
+        self.prefix_caching = prefix_caching
         self.runner = Runner(model, cache, device)
         self.scheduler = Scheduler(limits, BlockManager(num_blocks, cache.block_size))
         self.counters = Counters()
+        self._tile_digests, self._tile_identities = TileNames(by_content), TileNames(by_identity)
         self._eos_token_ids = frozenset(model.config.eos_token_ids)
 
     @classmethod
@@ -60,6 +79,7 @@ class Engine:
         max_num_tokens: int | None = None,
         tile_batch: int | None = None,
         kv_cache_bytes: int | None = None,
+        prefix_caching: bool = True,
     ) -> Engine:
         """Load a checkpoint directory or a pinned hub revision.
 
@@ -67,10 +87,13 @@ class Engine:
             path: directory, or hub id together with `revision`.
             device: "cpu", "cuda" or "cuda:N". Threads on a CPU are the caller's choice (torch.set_num_threads).
             dtype: "float32", "bfloat16" or "float16".
-            max_num_sequences: answers generated together; default 16 on a CPU, 256 elsewhere.
+            max_num_sequences: answers generated together; default 16 on a CPU, 256 elsewhere. Online ones may be 4 more
+                on a CPU, 32 elsewhere.
             max_num_tokens: prompt tokens per prefill; default 2,048 on a CPU, 16,384 elsewhere.
             tile_batch: tiles per encoder batch; default 1 on a CPU, 32 elsewhere.
-            kv_cache_bytes: memory for keys and values; default 1 GiB on a CPU, else most of what is free after loading.
+            kv_cache_bytes: memory for keys and values, an eighth of it for online sequences alone once there are any;
+                default 1.14 GiB on a CPU, touched as needed, else most of what is free after loading.
+            prefix_caching: compute equal beginnings of prompts once.
 
         Raises:
             ValueError: an argument is out of range, or the checkpoint is not one that this model can load.
@@ -79,18 +102,17 @@ class Engine:
             raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
         place = torch.device(device)
         on_cpu = place.type == "cpu"
-        limits = Limits(
-            max_num_sequences=_or(max_num_sequences, 16 if on_cpu else 256),
-            max_num_tokens=_or(max_num_tokens, 2048 if on_cpu else 16384),
-            tile_batch=_or(tile_batch, 1 if on_cpu else 32),
-        )
+        given = {"max_num_sequences": max_num_sequences, "max_num_tokens": max_num_tokens, "tile_batch": tile_batch}
+        limits = replace(CPU_LIMITS if on_cpu else GPU_LIMITS, **{k: v for k, v in given.items() if v is not None})
         model = SmolVLM.from_pretrained(resolve_checkpoint(str(path), revision), place, DTYPES[dtype])
         if on_cpu and can_pack(DTYPES[dtype]):
             pack_linears(model)
-        budget = _or(kv_cache_bytes, GIB if on_cpu else _free_bytes(place))
-        num_blocks = _num_blocks(model.config, budget, limits, DTYPES[dtype])
+        if kv_cache_bytes is None:
+            kv_cache_bytes = CPU_CACHE_BYTES if on_cpu else _free_bytes(place)
+        num_blocks = _num_blocks(model.config, kv_cache_bytes, limits, DTYPES[dtype])
+        limits = replace(limits, online_blocks=num_blocks // ONLINE_SHARE)
         cache = KVCache(model.config.text, num_blocks, BLOCK_SIZE, place, DTYPES[dtype])
-        return cls(model, cache, num_blocks, limits, place)
+        return cls(model, cache, num_blocks, limits, place, prefix_caching)
 
     @property
     def has_unfinished(self) -> bool:
@@ -116,8 +138,9 @@ class Engine:
                 f"prompt has {len(prompt)} tokens; context and cache leave room for {self.max_tokens - 1}: use fewer "
                 "or smaller images (longest_edge, image_splitting=False), a shorter text, or a larger kv_cache_bytes"
             )
-        tiles = list(model_input.tiles)
-        return Sequence(list(prompt), tiles, params, priority, min(params.max_new_tokens, room), on_token)
+        max_new_tokens = min(params.max_new_tokens, room)
+        ends, keys = self._tile_ends(model_input), self._keys(model_input, priority)
+        return Sequence(list(prompt), list(model_input.tiles), params, priority, max_new_tokens, on_token, ends, keys)
 
     def enqueue(self, sequence: Sequence) -> None:
         """Queue a prepared sequence."""
@@ -137,9 +160,10 @@ class Engine:
                 self.runner.encode(spans)
             case Prefill(sequences):
                 chosen = self.runner.prefill(sequences)
-                self.counters.prompt_tokens += sum(len(sequence.prompt_token_ids) for sequence in sequences)
-                self.scheduler.start(sequences)
-                return self._finish(sequences, chosen)
+                complete = self.scheduler.start(sequences)
+                self.counters.prompt_tokens += sum(len(sequence.prompt_token_ids) for sequence in complete)
+                self.counters.cached_tokens += sum(sequence.num_cached for sequence in complete)
+                return self._finish(complete, chosen)
             case Decode(sequences):
                 return self._finish(sequences, self.runner.decode(sequences))
         return []
@@ -168,6 +192,25 @@ class Engine:
             for sequence in sequences:
                 self.abort(sequence)
         return [sequence.completion() for sequence in sequences]
+
+    def _tile_ends(self, model_input: ModelInput) -> list[list[int]]:
+        """Where in the prompt the tokens of each image's tiles end."""
+        if not model_input.tiles:
+            return []
+        positions = np.flatnonzero(np.asarray(model_input.prompt_token_ids) == self.config.image_token_id)
+        ends = positions[self.config.image_seq_len - 1 :: self.config.image_seq_len] + 1
+        counts = [len(tiles.pixels) for tiles in model_input.tiles]
+        return [part.tolist() for part in np.split(ends, np.cumsum(counts)[:-1])]
+
+    def _keys(self, model_input: ModelInput, priority: int) -> BlockKeys | None:
+        if not self.prefix_caching:
+            return None
+        name = self._tile_digests if priority >= ONLINE else self._tile_identities
+        names = [each for tiles in model_input.tiles for each in name(tiles)]
+        block_size = self.scheduler.blocks.block_size
+        keys = BlockKeys(block_size, self.config.image_token_id, self.config.image_seq_len, names)
+        keys.extend(model_input.prompt_token_ids)
+        return keys
 
     def _prepare_numbered(self, number: int, model_input: ModelInput, params: SamplingParams) -> Sequence:
         try:
@@ -219,14 +262,11 @@ def _num_blocks(config: ModelConfig, budget: int, limits: Limits, dtype: torch.d
         raise ValueError(
             f"kv_cache_bytes is {budget}; one block of {BLOCK_SIZE} tokens takes {block_bytes}: give it more"
         )
-    return min(budget // block_bytes, limits.max_num_sequences * -(-config.text.max_positions // BLOCK_SIZE))
+    num_sequences = limits.max_num_sequences + limits.online_sequences
+    return min(budget // block_bytes, num_sequences * -(-config.text.max_positions // BLOCK_SIZE))
 
 
 def _free_bytes(device: torch.device) -> int:
     """What the key/value cache may take of a GPU: 85 % of what is free, less 2 GiB for activations."""
     free, _ = torch.cuda.mem_get_info(device)
     return max(0, int(0.85 * free) - 2 * GIB)
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value

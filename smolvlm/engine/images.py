@@ -20,14 +20,33 @@ class EncodedImage:
         self.source = weakref.ref(tiles)
         self.pixels: npt.NDArray[np.uint8] | None = tiles.pixels
         self.num_tiles = len(tiles.pixels)
-        self.num_scheduled = 0
-        self.num_encoded = 0
+        self._scheduled = [False] * self.num_tiles
+        self._encoded = [False] * self.num_tiles
         self.features: Tensor | None = None
         self.users = 0
 
     @property
+    def num_encoded(self) -> int:
+        return sum(self._encoded)
+
+    @property
     def is_encoded(self) -> bool:
-        return self.num_encoded == self.num_tiles
+        return all(self._encoded)
+
+    def is_encoded_from(self, first: int) -> bool:
+        """Whether tile `first` and those behind it are encoded: all of them that a sequence needs."""
+        return all(self._encoded[first:])
+
+    def next_span(self, first: int, room: int) -> TileSpan | None:
+        """The next up to `room` adjacent tiles from `first` on that no encoder batch has taken; now one has."""
+        start = next((tile for tile in range(first, self.num_tiles) if not self._scheduled[tile]), None)
+        if start is None:
+            return None
+        stop = start + 1
+        while stop < min(start + room, self.num_tiles) and not self._scheduled[stop]:
+            stop += 1
+        self._scheduled[start:stop] = [True] * (stop - start)
+        return TileSpan(self, start, stop)
 
     @property
     def embeddings(self) -> Tensor:
@@ -40,7 +59,7 @@ class EncodedImage:
         if self.features is None:
             self.features = features.new_empty((self.num_tiles, *features.shape[1:]))
         self.features[start : start + len(features)] = features
-        self.num_encoded += len(features)
+        self._encoded[start : start + len(features)] = [True] * len(features)
         if self.is_encoded:
             self.pixels = None
 

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smolvlm.attention import KVCache, PackedPrefill, PagedDecode
+from smolvlm.attention import KVCache, PackedPrefill, PagedDecode, PagedPrefill
 from smolvlm.engine.images import TileSpan
 from smolvlm.engine.sequence import Sequence, Token
 from smolvlm.model import SmolVLM
 from smolvlm.sampling import SamplingTensors, choose_tokens, top_logprobs
 
 Chosen = list[Token]  # one per sequence
+Part = tuple[Sequence, int, int]  # prompt[start:stop] of a sequence
 
 
 @dataclass
@@ -59,15 +60,17 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(self, sequences: list[Sequence]) -> Chosen:
-        """Run the whole prompts, packed, and choose the first token of each."""
-        prompts = [np.asarray(sequence.prompt_token_ids) for sequence in sequences]
-        lengths = tuple(len(prompt) for prompt in prompts)
-        embeddings = self._embed(np.concatenate(prompts), sequences)
-        positions = self._to_device(torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])))
-        slots = self._to_device(torch.from_numpy(np.concatenate([self._slots(sequence) for sequence in sequences])))
-        last = self._to_device(torch.tensor(lengths).cumsum(0) - 1)
-        logits = self.model(embeddings, PackedPrefill(lengths, positions, slots, self.cache), last)
-        return self._choose(logits, sequences, self._sampling(sequences))[1]
+        """Run the scheduled parts of the prompts, packed; choose the first token of each whose prompt ends there."""
+        parts = [(sequence, sequence.num_computed, sequence.num_scheduled) for sequence in sequences]
+        tokens = np.concatenate([sequence.prompt_token_ids[start:stop] for sequence, start, stop in parts])
+        attention = self._prefill_attention(parts)
+        last = torch.tensor(attention.lengths).cumsum(0) - 1
+        logits = self.model(self._embed(tokens, parts), attention, self._to_device(last))
+        ends = [row for row, (sequence, _, stop) in enumerate(parts) if stop == len(sequence.prompt_token_ids)]
+        if not ends:
+            return []
+        complete = [sequences[row] for row in ends]
+        return self._choose(logits[ends] if len(ends) < len(parts) else logits, complete, self._sampling(complete))[1]
 
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence]) -> Chosen:
@@ -81,19 +84,48 @@ class Runner:
         batch.positions = batch.positions + 1
         return chosen
 
-    def _embed(self, token_ids: np.ndarray, sequences: list[Sequence]) -> Tensor:
-        images = [image for sequence in sequences for image in sequence.images]
-        ids = self._to_device(torch.from_numpy(token_ids))
-        if not images:
-            return self.model.embed(ids)
-        positions = torch.from_numpy(np.flatnonzero(token_ids == self.model.config.image_token_id))
-        return self.model.embed(ids, (self._to_device(positions), torch.cat([image.embeddings for image in images])))
+    def _prefill_attention(self, parts: list[Part]) -> PackedPrefill | PagedPrefill:
+        lengths = tuple(stop - start for _, start, stop in parts)
+        positions = self._to_device(torch.cat([torch.arange(start, stop) for _, start, stop in parts]))
+        slots = self._to_device(torch.from_numpy(np.concatenate([self._slots(*part) for part in parts])))
+        if not any(start for _, start, _ in parts):
+            return PackedPrefill(lengths, positions, slots, self.cache)
+        prefixes = tuple(self._prefix(*part) if part[1] else None for part in parts)
+        return PagedPrefill(lengths, positions, slots, prefixes, self.cache)
 
-    def _slots(self, sequence: Sequence) -> np.ndarray:
-        """Cache slots of a prompt: int64 [prompt length]."""
-        size = self.cache.block_size
-        blocks = np.asarray(sequence.block_table)
-        return (blocks[:, None] * size + np.arange(size)).ravel()[: len(sequence.prompt_token_ids)]
+    def _prefix(self, sequence: Sequence, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Pages of prompt[:stop] and what prompt[start:stop] sees of them (PagedPrefill)."""
+        pages = -(-stop // self.cache.block_size)
+        table = self._to_device(torch.tensor([sequence.block_table[:pages]]))
+        keys = torch.arange(pages * self.cache.block_size, device=self.device)
+        return table, keys <= torch.arange(start, stop, device=self.device).unsqueeze(1)
+
+    def _embed(self, token_ids: np.ndarray, parts: list[Part]) -> Tensor:
+        ids = self._to_device(torch.from_numpy(token_ids))
+        positions = np.flatnonzero(token_ids == self.model.config.image_token_id)
+        if not len(positions):
+            return self.model.embed(ids)
+        features = torch.cat([each for part in parts for each in self._features(*part)])
+        return self.model.embed(ids, (self._to_device(torch.from_numpy(positions)), features))
+
+    def _features(self, sequence: Sequence, start: int, stop: int) -> list[Tensor]:
+        """Embeddings of the image tokens in prompt[start:stop].
+
+        They are counted from the prompt's end: images before `start` may be gone, and their tiles not encoded.
+        """
+        if not sequence.images:
+            return []
+        embeddings = [image.embeddings for image in sequence.images]
+        if stop - start == len(sequence.prompt_token_ids):
+            return embeddings
+        is_image = np.asarray(sequence.prompt_token_ids[start:]) == self.model.config.image_token_id
+        first = sum(len(each) for each in embeddings) - int(is_image.sum())
+        return [torch.cat(embeddings)[first : first + int(is_image[: stop - start].sum())]]
+
+    def _slots(self, sequence: Sequence, start: int, stop: int) -> np.ndarray:
+        """Cache slots of prompt[start:stop], int64."""
+        positions, size = np.arange(start, stop), self.cache.block_size
+        return np.asarray(sequence.block_table)[positions // size] * size + positions % size
 
     def _decode_batch(self, sequences: list[Sequence]) -> DecodeBatch:
         rows = max(len(sequence.block_table) for sequence in sequences)

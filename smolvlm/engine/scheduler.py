@@ -1,39 +1,20 @@
 """What the engine does next: encode tiles, prefill prompts, or decode one token for everyone.
 
-A throughput engine wants its decode batch full, so that encoding and prefill go first; among sequences of different
-priority the higher one goes first, and work for a lower one may delay its decode by one piece at a time.
+With batch work alone, the decode batch is kept full: encoding and prefill go first. Once online sequences are about,
+batch work comes in small pieces, theirs goes before it, and while one of them is being answered every other step is a
+decode. Batch work takes what is left, and at least one turn in PATIENCE + 1.
 """
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
+from smolvlm.engine.admission import PATIENCE, Admission, Limits
 from smolvlm.engine.block_manager import BlockManager
 from smolvlm.engine.images import ImageStore, TileSpan
 from smolvlm.engine.sequence import Sequence, Status
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of one step: sequences that hold pages, prompt tokens per prefill, tiles per encoder batch.
-
-    A single prompt longer than `max_num_tokens` is prefilled alone.
-
-    Raises:
-        ValueError: a bound is below 1.
-    """
-
-    max_num_sequences: int
-    max_num_tokens: int
-    tile_batch: int
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if (value := getattr(self, field.name)) < 1:
-                raise ValueError(f"{field.name} is {value!r}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -45,7 +26,8 @@ class Encode:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Run the text decoder over these whole prompts and choose their first tokens."""
+    """Run the text decoder over these prompts, from `num_computed` to `num_scheduled`; those that end there get their
+    first token."""
 
     sequences: list[Sequence]
 
@@ -57,50 +39,65 @@ class Decode:
     sequences: list[Sequence]
 
 
+Work = Encode | Prefill | Decode
+
+
 class Scheduler:
-    """Queues of sequences by status. Touches no tensor: the runner executes what `schedule` returns."""
+    """Sequences by status. Touches no tensor: the runner executes what `schedule` returns."""
 
     def __init__(self, limits: Limits, blocks: BlockManager) -> None:
         self.limits = limits
         self.blocks = blocks
         self.images = ImageStore()
-        self.waiting: list[tuple[tuple[int, int], Sequence]] = []  # heap by Sequence.order
+        self.waiting = Admission(limits, blocks)
         self.admitted: list[Sequence] = []  # sorted by Sequence.order
         self.running: list[Sequence] = []
         self._decoded_last = False
+        self._overtaken = 0  # pieces of online work in a row that went before batch work
+        self._num_batch_turns = 0
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._next_waiting() or self.admitted or self.running)
+        return bool(self.admitted or self.running or self.waiting.has_waiting)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence; from here on it shares the images that others ask about as well."""
         sequence.images = [self.images.acquire(tiles) for tiles in sequence.tiles]
         sequence.tiles = []
-        heapq.heappush(self.waiting, (sequence.order, sequence))
+        self.waiting.add(sequence)
 
-    def schedule(self) -> Encode | Prefill | Decode | None:
+    def schedule(self) -> Work | None:
         """The next piece of work, None if there is nothing to do."""
         self._admit()
-        if self._must_decode():
-            self._decoded_last = True
-            return Decode(list(self.running))
-        self._decoded_last = False
-        return self._prefill_or_encode()
+        for sequence in self.admitted:
+            self._take_over(sequence)
+        work = self._next_work()
+        self._decoded_last = isinstance(work, Decode)
+        return work
 
-    def start(self, sequences: list[Sequence]) -> None:
-        """These are prefilled: their images are used up, they decode from now on."""
+    def start(self, sequences: list[Sequence]) -> list[Sequence]:
+        """These are prefilled up to `num_scheduled`. Those whose prompt is complete decode from now on: return them."""
         for sequence in sequences:
-            self._release_images(sequence)
+            computed, sequence.num_computed = sequence.num_computed, sequence.num_scheduled
+            self._remember(sequence, computed, sequence.num_computed)
+            self._drop_images(sequence, sequence.num_computed)
+        complete = [sequence for sequence in sequences if sequence.num_missing == 0]
+        for sequence in complete:
             sequence.status = Status.RUNNING
-            self.running.append(sequence)
+        self.running += complete
         self.admitted = [sequence for sequence in self.admitted if sequence.status is Status.ADMITTED]
+        return complete
 
     def finish(self, sequences: list[Sequence]) -> None:
-        """Take finished sequences out of their queue and give back all that they hold."""
+        """Take finished sequences out of their queue and give back all that they hold.
+
+        What online ones computed stays findable for the next turn of a conversation; batch prompts hardly come back.
+        """
         for sequence in sequences:
-            self._release_images(sequence)
-            self.blocks.release(sequence.block_table)
+            if sequence.is_online and sequence.status is Status.RUNNING:
+                self._remember_answer(sequence)
+            self._drop_images(sequence, len(sequence.prompt_token_ids))
+            self.blocks.release(sequence.block_table, keep=sequence.is_online)
             sequence.status = Status.FINISHED
         self.running = [sequence for sequence in self.running if sequence.status is Status.RUNNING]
 
@@ -113,63 +110,109 @@ class Scheduler:
         self.admitted = [each for each in self.admitted if each is not sequence]
 
     def _admit(self) -> None:
-        """Give pages to waiting sequences in order; one that does not fit yet holds back those behind it."""
-        while (sequence := self._next_waiting()) and self._reserve(sequence):
-            heapq.heappop(self.waiting)
+        while sequence := self.waiting.admit(self.admitted + self.running):
+            self._drop_images(sequence, sequence.num_computed)
             insort(self.admitted, sequence, key=lambda each: each.order)
 
-    def _next_waiting(self) -> Sequence | None:
-        """The first that waits; those that were aborted meanwhile leave the heap here, where it costs nothing."""
-        while self.waiting and self.waiting[0][1].status is Status.FINISHED:
-            heapq.heappop(self.waiting)
-        return self.waiting[0][1] if self.waiting else None
+    def _next_work(self) -> Work | None:
+        if not self.admitted:
+            return self._decode()
+        online = [sequence for sequence in self.admitted if sequence.is_online]
+        batch = self.admitted[len(online) :]
+        answering = any(sequence.is_online for sequence in self.running)
+        if not self._decoded_last and (answering or (not online and self.waiting.online.first() is not None)):
+            return self._decode() or self._piece(batch)  # somebody waits for tokens, or for memory that an answer holds
+        starved = batch or (self.running and not answering)
+        if online and not (starved and self._overtaken >= PATIENCE):
+            self._overtaken += bool(starved)
+            return self._piece(online)
+        self._overtaken = 0
+        return self._batch_turn(batch, decodes=bool(online and self.running and not answering))
 
-    def _reserve(self, sequence: Sequence) -> bool:
-        if len(self.admitted) + len(self.running) >= self.limits.max_num_sequences:
-            return False
-        blocks = self.blocks.allocate(sequence.max_tokens)
-        if blocks is not None:
-            sequence.block_table, sequence.status = blocks, Status.ADMITTED
-        return blocks is not None
+    def _batch_turn(self, batch: list[Sequence], decodes: bool) -> Work | None:
+        """A piece of batch work; where online work keeps batch sequences from decoding too, that every other time."""
+        self._num_batch_turns += 1
+        if decodes and (not batch or self._num_batch_turns % 2):
+            return self._decode()
+        return self._piece(batch)
 
-    def _must_decode(self) -> bool:
-        """Decode if nothing else is to do, or if a running sequence outranks what is and has waited one turn."""
-        if not self.running or not self.admitted:
-            return bool(self.running)
-        return not self._decoded_last and max(s.priority for s in self.running) > self.admitted[0].priority
+    def _decode(self) -> Decode | None:
+        return Decode(list(self.running)) if self.running else None
 
-    def _prefill_or_encode(self) -> Encode | Prefill | None:
-        ready = list(self._fitting([sequence for sequence in self.admitted if sequence.is_encoded]))
-        pending = next((sequence for sequence in self.admitted if not sequence.is_encoded), None)
-        if ready and (pending is None or self._is_full(ready) or ready[0].priority > pending.priority):
+    def _piece(self, group: list[Sequence]) -> Encode | Prefill:
+        """Prefill what is ready or encode what is not, of admitted sequences of one class.
+
+        Batch prompts that could be packed with more of them wait for the images of those; online ones wait for nobody.
+        """
+        urgent, limits = group[0].is_online, self.limits
+        cuts = self.waiting.serves_online and not (urgent and not self.running)
+        max_tokens = min(limits.piece_tokens, limits.max_num_tokens) if cuts else limits.max_num_tokens
+        ready = _packed([sequence for sequence in group if sequence.is_encoded], max_tokens, cuts)
+        pending = [sequence for sequence in group if not sequence.is_encoded]
+        if ready and (not pending or urgent or _is_full(ready, max_tokens)):
             return Prefill(ready)
-        return Encode(list(self._next_spans())) if pending is not None else None
+        small = self.waiting.serves_online and not urgent
+        return Encode(
+            list(_next_spans(pending, min(limits.piece_tiles, limits.tile_batch) if small else limits.tile_batch))
+        )
 
-    def _fitting(self, ready: list[Sequence]) -> Iterator[Sequence]:
-        room = self.limits.max_num_tokens
-        for position, sequence in enumerate(ready):
-            room -= len(sequence.prompt_token_ids)
-            if room < 0 and position > 0:
-                return
-            yield sequence
+    def _take_over(self, sequence: Sequence) -> None:
+        """Let it refer to what others have computed of its prompt since it was admitted."""
+        if found := self.blocks.find(sequence.missing_keys()):
+            self.blocks.exchange(sequence.block_table, sequence.num_computed // self.blocks.block_size, found)
+            sequence.take_over(len(found))
+            self._drop_images(sequence, sequence.num_computed)
 
-    def _is_full(self, ready: list[Sequence]) -> bool:
-        """Whether another prompt like these would not fit: waiting for more images gains nothing."""
-        used = sum(len(sequence.prompt_token_ids) for sequence in ready)
-        return used + used // len(ready) > self.limits.max_num_tokens
+    def _remember(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Make the blocks findable that tokens start..stop-1 have filled."""
+        if sequence.keys is not None:
+            size = self.blocks.block_size
+            for index in range(start // size, stop // size):
+                self.blocks.remember(sequence.block_table[index], sequence.keys[index])
 
-    def _next_spans(self) -> Iterator[TileSpan]:
-        room = self.limits.tile_batch
-        for image in (image for sequence in self.admitted for image in sequence.images):
-            start, stop = image.num_scheduled, min(image.num_tiles, image.num_scheduled + room)
-            if stop > start:
-                image.num_scheduled = stop
-                room -= stop - start
-                yield TileSpan(image, start, stop)
-            if room == 0:
-                return
+    def _remember_answer(self, sequence: Sequence) -> None:
+        """All but its last token, whose keys and values nobody needed."""
+        if sequence.keys is not None:
+            stored = (sequence.prompt_token_ids + sequence.token_ids)[:-1]
+            sequence.keys.extend(stored)
+            self._remember(sequence, len(sequence.prompt_token_ids), len(stored))
 
-    def _release_images(self, sequence: Sequence) -> None:
-        for image in sequence.images:
-            self.images.release(image)
-        sequence.images = []
+    def _drop_images(self, sequence: Sequence, num_tokens: int) -> None:
+        """Release the images whose tokens all lie in the first `num_tokens` of the prompt."""
+        while sequence.images and sequence.tile_ends[0][-1] <= num_tokens:
+            self.images.release(sequence.images.pop(0))
+            sequence.tile_ends.pop(0)
+
+
+def _packed(ready: list[Sequence], room: int, cuts: bool) -> list[Sequence]:
+    """The first that fit into one prefill, each up to its `num_scheduled`; the last one in part if that `cuts` prompts.
+
+    One that begins like another waits, to take over what that one computes.
+    """
+    packed: list[Sequence] = []
+    under_way: set[bytes | None] = set()
+    for sequence in ready:
+        key = next(sequence.missing_keys(), None)
+        if key is not None and key in under_way:
+            continue
+        part = min(sequence.num_missing, room) if cuts else sequence.num_missing
+        if packed and not 0 < part <= room:
+            break
+        sequence.num_scheduled = sequence.num_computed + part
+        packed.append(sequence)
+        under_way.add(key)
+        room -= part
+    return packed
+
+
+def _is_full(packed: list[Sequence], max_tokens: int) -> bool:
+    """Whether another prompt like these would not fit: waiting for more images gains nothing."""
+    used = sum(sequence.num_scheduled - sequence.num_computed for sequence in packed)
+    return used + used // len(packed) > max_tokens
+
+
+def _next_spans(pending: list[Sequence], room: int) -> Iterator[TileSpan]:
+    for image, first in (needed for sequence in pending for needed in sequence.needed_tiles()):
+        while room and (span := image.next_span(first, room)):
+            room -= span.stop - span.start
+            yield span

@@ -23,7 +23,8 @@ class ClassStats:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot. The counters `steps`, `generated_tokens` and `prompt_tokens` only grow.
+    """A snapshot. `max_num_sequences` is what both classes may fill together; the counters from `steps` on only grow.
+    `cached_tokens` of the `prompt_tokens` were taken over from earlier prompts (prefix caching).
 
     Taken while the engine works, from any thread and without stopping it: each number is right, but one may be a step
     ahead of another.
@@ -37,6 +38,7 @@ class EngineStats:
     used_blocks: int
     steps: int
     prompt_tokens: int
+    cached_tokens: int
     generated_tokens: int
 
     @property
@@ -55,23 +57,25 @@ class Counters:
 
     steps: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     generated_tokens: int = 0
 
 
 def snapshot(engine: Engine, alive: bool, inbox: Iterable[Sequence]) -> EngineStats:
     """The numbers of an engine; `inbox` are sequences that it has not been given yet."""
     scheduler, counters = engine.scheduler, engine.counters
-    waiting = [*inbox, *(sequence for _, sequence in list(scheduler.waiting))]
+    waiting = [*inbox, *scheduler.waiting.online, *scheduler.waiting.batch]
     queues = [_by_class(queue) for queue in (waiting, scheduler.admitted, scheduler.running)]
     return EngineStats(
         alive=alive,
         online=ClassStats(*(online for online, _ in queues)),
         batch=ClassStats(*(batch for _, batch in queues)),
-        max_num_sequences=scheduler.limits.max_num_sequences,
+        max_num_sequences=scheduler.limits.max_num_sequences + scheduler.limits.online_sequences,
         num_blocks=scheduler.blocks.num_blocks,
         used_blocks=scheduler.blocks.num_blocks - scheduler.blocks.num_free,
         steps=counters.steps,
         prompt_tokens=counters.prompt_tokens,
+        cached_tokens=counters.cached_tokens,
         generated_tokens=counters.generated_tokens,
     )
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smolvlm.attention import KVCache, PackedPrefill, PagedDecode, causal_attention, packed_prefill
+from smolvlm.attention import KVCache, PackedPrefill, PagedDecode, PagedPrefill, causal_attention, packed_prefill
 from smolvlm.config import TextConfig
 
 CPU = torch.device("cpu")
@@ -66,6 +66,33 @@ def test_paged_decode_equals_attention_over_the_whole_sequence(layer: int) -> No
     last = [torch.stack([each[-1] for each in rows]) for rows in (queries, history)]
     expected = [_written_out(q, *kv.unbind(1))[-1] for q, kv in zip(queries, history, strict=True)]
     torch.testing.assert_close(attention.attend(layer, *last), torch.stack(expected))
+
+
+@pytest.mark.parametrize("starts", [(4, 8, 0), (5, 0, 3), (1, 13, 2)])
+def test_a_prefill_behind_cached_pages_equals_attention_over_the_whole_prompt(starts: tuple[int, ...]) -> None:
+    """Prompts cut anywhere, one of them perhaps from its beginning, in a cache whose other slots hold rubbish."""
+    cache = KVCache(CONFIG, num_blocks=9, block_size=4, device=CPU, dtype=torch.float32)
+    cache.storage.normal_(std=100.0)
+    tables, lengths = [[7, 2, 5], [3, 1, 6, 0], [8]], [9, 14, 4]
+    kv = [_random(length, 2, KV_HEADS, HEAD_DIM, seed=length) for length in lengths]
+    queries = [_random(length, HEADS, HEAD_DIM, seed=10 + length) for length in lengths]
+    before = [(each[:start], table) for each, table, start in zip(kv, tables, starts, strict=True) if start]
+    _prefill(cache, 1, *(list(column) for column in zip(*before, strict=True)))  # type: ignore[arg-type]
+    attention = _behind(cache, tables, starts, lengths)
+    fresh = [torch.cat([each[start:] for each, start in zip(rows, starts, strict=True)]) for rows in (queries, kv)]
+    parts = zip(queries, kv, starts, strict=True)
+    expected = [_written_out(q, *each.unbind(1))[start:] for q, each, start in parts]
+    torch.testing.assert_close(attention.attend(1, *fresh), torch.cat(expected))
+
+
+def _behind(cache: KVCache, tables: list[list[int]], starts: tuple[int, ...], lengths: list[int]) -> PagedPrefill:
+    parts = list(zip(tables, starts, lengths, strict=True))
+    positions = torch.cat([torch.arange(start, length) for _, start, length in parts])
+    slots = torch.tensor([slot for table, start, length in parts for slot in _slots(table, range(start, length))])
+    visible = [torch.arange(len(table) * 4) <= torch.arange(start, stop).unsqueeze(1) for table, start, stop in parts]
+    prefixes = [(torch.tensor([table]), each) for table, each in zip(tables, visible, strict=True)]
+    kept = tuple(prefix if start else None for prefix, start in zip(prefixes, starts, strict=True))
+    return PagedPrefill(tuple(length - start for _, start, length in parts), positions, slots, kept, cache)
 
 
 def _slots(table: list[int], positions: Iterable[int]) -> list[int]:

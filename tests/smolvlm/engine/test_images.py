@@ -39,6 +39,19 @@ def test_pixels_go_once_encoded_and_features_with_the_last_user() -> None:
     assert len(store) == 0
 
 
+def test_tiles_go_into_encoder_batches_once_from_the_first_that_is_needed() -> None:
+    image = ImageStore().acquire(_tiles(6))
+    spans = [image.next_span(*each) for each in ((4, 9), (2, 1), (0, 9), (0, 9), (0, 9), (4, 1))]
+    assert [(span.start, span.stop) if span else None for span in spans] == [(4, 6), (2, 3), (0, 2), (3, 4), None, None]
+
+
+def test_a_part_may_be_all_that_is_needed() -> None:
+    image = ImageStore().acquire(_tiles(3))
+    image.store(1, torch.ones(2, 5, 8))
+    assert [image.is_encoded_from(first) for first in (0, 1, 2)] == [False, True, True]
+    assert _held(image) == {"pixels", "features"}
+
+
 def test_an_image_released_early_drops_its_pixels() -> None:
     store = ImageStore()
     image = store.acquire(_tiles())
