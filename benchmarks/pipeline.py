@@ -44,7 +44,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 import ray
 from standin import PixelAnswerer
 
-from pipeline.generate import Answer, AnswererFactory, SmolVLMAnswerer
+from pipeline.engine_worker import EngineWorker
+from pipeline.generate import Answer, AnswererFactory
 from pipeline.job import EngineOptions, ImageOptions, Job, Model, Output, Source, Task
 from pipeline.run import run
 from smolvlm.config import ImageConfig
@@ -224,7 +225,7 @@ def settings(
     model = create_checkpoint(root / "model", arguments.size)
     photos = write_files(root / "photos", arguments.engine_images)
     short = max(1, arguments.engine_images // 3)
-    engine = Setting("engine", photos, model, one_tile, SmolVLMAnswerer, short, arguments.engine_images)
+    engine = Setting("engine", photos, model, one_tile, EngineWorker.for_job, short, arguments.engine_images)
     return [
         (standin, {"ours": ours, "ray read_webdataset": ray_webdataset, "plain loop": plain_loop}),
         (engine, {"ours": ours, "plain loop": plain_loop}),

@@ -3,9 +3,9 @@
 It may crash, hang or run out of memory; `pipeline.decoder` notices and starts another. Run as
 `python -m pipeline.decode_process '<json of DecoderOptions>' <shared memory file descriptor>`.
 
-Protocol. In: length (8 bytes, big-endian) and that many bytes of image; length 2**63 begins a new batch, whose tiles
-go to the start of the shared memory again. Out: `ready`, then one JSON line per image; its tiles are the next
-`num_bytes` of the shared memory.
+Protocol. In: length (8 bytes, big-endian) and that many bytes of image. Length 2**63 + n begins a new batch, whose
+tiles go to the start of the shared memory again; n bytes of JSON follow, the batch's own ImagePolicy (n = 0: the
+options'). Out: `ready`, then one JSON line per image; its tiles are the next `num_bytes` of the shared memory.
 """
 
 import hashlib
@@ -57,20 +57,27 @@ class DecoderOptions:
         )
 
 
+def batch_header(policy: ImagePolicy | None) -> bytes:
+    """Return what begins a batch."""
+    text = b"" if policy is None else json.dumps(asdict(policy)).encode()
+    return LENGTH.pack(NEW_BATCH + len(text)) + text
+
+
 def main() -> None:
     """Serve until stdin ends."""
     options = DecoderOptions.from_json(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (options.memory_bytes, options.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(4)  # an engine on the same CPUs works with threads in step: a core taken from one of them stops them all
-    memory, used = _SharedMemory(int(sys.argv[2])), 0
+    memory, used, policy = _SharedMemory(int(sys.argv[2])), 0, options.policy
     sys.stdout.buffer.write(READY)
     sys.stdout.buffer.flush()
     while (length := _read_length(sys.stdin.buffer)) is not None:
-        if length == NEW_BATCH:
-            used = 0
+        if length >= NEW_BATCH:
+            text = sys.stdin.buffer.read(length - NEW_BATCH)
+            used, policy = 0, ImagePolicy(**json.loads(text)) if text else options.policy
             continue
-        answer, tiles = _decode(sys.stdin.buffer.read(length), options)
+        answer, tiles = _decode(sys.stdin.buffer.read(length), options, policy)
         if tiles is not None:
             memory.write(used, tiles)
             used += tiles.pixels.nbytes
@@ -78,14 +85,14 @@ def main() -> None:
         sys.stdout.buffer.flush()
 
 
-def _decode(data: bytes, options: DecoderOptions) -> tuple[dict[str, Any], Tiles | None]:
+def _decode(data: bytes, options: DecoderOptions, policy: ImagePolicy) -> tuple[dict[str, Any], Tiles | None]:
     answer: dict[str, Any] = {"sha256": hashlib.sha256(data).hexdigest(), "num_bytes": 0}
     # The default action of SIGALRM ends the process, even in the middle of a C call: a hang becomes a death.
     signal.setitimer(signal.ITIMER_REAL, options.timeout_s)
     try:
         decoded = decode_image(data, options.limits)
         answer |= {"width": decoded.width, "height": decoded.height, "format": decoded.format}
-        tiles = split_image(decoded.image, options.config, options.policy)
+        tiles = split_image(decoded.image, options.config, policy)
     except Exception as error:  # whatever a codec raises is this image's error, not the batch's
         return answer | _failure(error, options), None
     finally:

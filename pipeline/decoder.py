@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from pipeline.decode_process import LENGTH, NEW_BATCH, READY, DecoderOptions
+from pipeline.decode_process import LENGTH, READY, DecoderOptions, batch_header
 from pipeline.errors import PipelineError, RowError
+from smolvlm.image import ImagePolicy
 
 MAX_CRASHES = 3
 _AHEAD = 8  # images in the pipe beyond the one being decoded: enough to hide the switch between processes
@@ -36,27 +37,34 @@ class Prepared:
 
 
 class Decoder:
-    """One child process, started again whenever it dies. One batch at a time; `close` ends the child."""
+    """One child process, started again whenever it dies. One batch at a time; `close` ends the child.
 
-    def __init__(self, options: DecoderOptions) -> None:
+    An image that ends the child `max_crashes` times is quarantined.
+    """
+
+    def __init__(self, options: DecoderOptions, max_crashes: int = MAX_CRASHES) -> None:
         self._options = options
+        self._max_crashes = max_crashes
         self._shared = _shared_file()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def prepare(self, images: Sequence[bytes]) -> tuple[list[Prepared], bytes]:
-        """Return what became of each image, and all their tiles' bytes one after the other."""
+    def prepare(self, images: Sequence[bytes], policy: ImagePolicy | None = None) -> tuple[list[Prepared], bytes]:
+        """Return what became of each image, and all their tiles' bytes one after the other.
+
+        `policy` replaces that of the options for this batch.
+        """
         with self._lock:
             done: list[Prepared] = []
             tiles: list[bytes] = []
             crashes = 0
             while len(done) < len(images):
-                answers, signal_number = self._attempt(images[len(done) :])
+                answers, signal_number = self._attempt(images[len(done) :], policy)
                 tiles.append(self._tile_bytes(answers))
                 done += answers
                 crashes = crashes + 1 if not answers else 1
-                if signal_number is not None and crashes == MAX_CRASHES:
-                    done.append(Prepared(error=_quarantined(signal_number, self._options)))
+                if signal_number is not None and crashes == self._max_crashes:
+                    done.append(Prepared(error=_quarantined(signal_number, self._options, self._max_crashes)))
                     crashes = 0
             return done, b"".join(tiles)
 
@@ -71,14 +79,16 @@ class Decoder:
         """The child's process id while there is one."""
         return self._process.pid if self._process else None
 
-    def _attempt(self, images: Sequence[bytes]) -> tuple[list[Prepared], int | None]:
+    def _attempt(self, images: Sequence[bytes], policy: ImagePolicy | None) -> tuple[list[Prepared], int | None]:
         """Decode in order until all are done or the child dies; return the answers and what it died of."""
+        if self._process is not None and self._process.poll() is not None:
+            self._stop()  # it died idle, of nothing that these images did
         process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
         answers: list[Prepared] = []
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(LENGTH.pack(NEW_BATCH))
+            process.stdin.write(batch_header(policy))
             for index, image in enumerate(images):
                 process.stdin.write(LENGTH.pack(len(image)))
                 process.stdin.write(image)
@@ -162,12 +172,12 @@ def _prepared(answer: dict[str, Any]) -> Prepared:
     return Prepared(**answer, error=RowError(code, "prepare", message) if code else None)
 
 
-def _quarantined(signal_number: int, options: DecoderOptions) -> RowError:
+def _quarantined(signal_number: int, options: DecoderOptions, crashes: int) -> RowError:
     if signal_number == signal.SIGALRM:
         cause = f"it took longer than image.timeout_s = {options.timeout_s:g}"
     elif signal_number > 0:
         cause = f"{signal.Signals(signal_number).name}"
     else:
         cause = f"exit code {-signal_number}"
-    message = f"this image ended its decoder {MAX_CRASHES} times ({cause}); it is not tried again"
-    return RowError("quarantined", "prepare", message, MAX_CRASHES)
+    message = f"this image ended its decoder {crashes} times ({cause}); it is not tried again"
+    return RowError("quarantined", "prepare", message, crashes)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +17,6 @@ from pipeline.errors import RowError
 from pipeline.job import Job, Task
 from pipeline.records import error_value, output_schema
 from smolvlm.image import Tiles
-
-if TYPE_CHECKING:
-    from smolvlm.engine import Completion
 
 
 @dataclass(frozen=True)
@@ -49,58 +46,13 @@ class Answerer(Protocol):
     """What the stage needs of an engine."""
 
     def submit(self, tiles: Tiles, task: Task, seed: int) -> Pending:
-        """Queue one prompt about one image; raises RowRefused for a request that can never run."""
+        """Queue one prompt about one image; it or what it returns raises RowRefused for one that can never run."""
 
     def close(self) -> None:
         """Stop."""
 
 
 AnswererFactory = Callable[[Job], Answerer]
-
-
-class SmolVLMAnswerer:
-    """The engine of `smolvlm` behind the stage's small interface."""
-
-    def __init__(self, job: Job) -> None:
-        # Imported here, in the actor: nobody else needs torch.
-        import torch
-
-        from smolvlm import Engine, Processor
-        from smolvlm.engine import EngineLoop
-
-        device = "cuda" if job.engine.gpus else "cpu"
-        if device == "cpu":
-            # Ray tells libraries to use as many threads as an actor reserves CPUs, here a fraction; the job decides.
-            torch.set_num_threads(job.engine.threads or max(1, (os.cpu_count() or 1) // job.engine.replicas[0]))
-        limits = {} if job.engine.max_num_sequences is None else {"max_num_sequences": job.engine.max_num_sequences}
-        model, revision = job.model.id, job.model.revision
-        self._processor = Processor.from_pretrained(model, revision=revision)
-        engine = Engine.from_pretrained(model, device=device, dtype=job.model.dtype, revision=revision, **limits)
-        self._loop = EngineLoop(engine)
-
-    def submit(self, tiles: Tiles, task: Task, seed: int) -> Pending:
-        """Queue the task's prompt with the image first, as the checkpoints were trained."""
-        from smolvlm import SamplingParams
-        from smolvlm.engine import PromptTooLong
-
-        content = [{"type": "image"}, {"type": "text", "text": task.prompt}]
-        model_input = self._processor.from_tiles([{"role": "user", "content": content}], [tiles])
-        params = SamplingParams(
-            max_new_tokens=task.max_new_tokens, temperature=task.temperature, top_p=task.top_p, seed=seed
-        )
-        try:
-            completion = self._loop.submit(model_input, params)
-        except PromptTooLong as error:
-            raise RowRefused("prompt_too_long", str(error)) from error
-        return lambda: self._answer(completion.result())
-
-    def close(self) -> None:
-        """Stop the engine's thread."""
-        self._loop.close()
-
-    def _answer(self, done: "Completion") -> Answer:
-        text = self._processor.decode(done.token_ids).strip()  # the first token carries a space of its own
-        return Answer(text, done.finish_reason, done.prompt_tokens, len(done.token_ids), done.mean_logprob)
 
 
 class GenerateWorker:
@@ -183,7 +135,10 @@ def _submitted(answerer: Answerer, tiles: Tiles, task: Task, seed: int) -> Pendi
 
 
 def _outcome(pending: Pending | RowError) -> Answer | RowError:
-    return pending if isinstance(pending, RowError) else pending()
+    try:
+        return pending if isinstance(pending, RowError) else pending()
+    except RowRefused as refused:
+        return RowError(refused.code, "generate", str(refused))
 
 
 def _seed(job_seed: int, block: pa.Table, index: int, task: Task) -> int:

@@ -74,7 +74,10 @@ class ImageOptions:
 class EngineOptions:
     """The engine pool and the CPU pool that feeds it."""
 
-    mode: Literal["dedicated"] = "dedicated"
+    mode: Literal["dedicated", "shared"] = "dedicated"
+    """`dedicated`: engines of the job's own. `shared`: those of the endpoint that runs on the same cluster, where
+    online requests go first; `gpus`, `threads` and `max_num_sequences` are then the endpoint's own, and `replicas`
+    counts the actors that hand it rows."""
     replicas: tuple[Annotated[int, Gt(0)], Annotated[int, Gt(0)]] = (1, 1)
     gpus: Annotated[float, Interval(ge=0)] = 0.0
     cpus: Annotated[float, Gt(0)] | None = None

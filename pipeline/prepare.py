@@ -10,7 +10,7 @@ from pipeline.control import Control
 from pipeline.decode_process import DecoderOptions
 from pipeline.decoder import Decoder, Prepared
 from pipeline.fetch import Fetcher
-from pipeline.job import Job
+from pipeline.job import ImageOptions, Job
 from pipeline.records import PREPARED_SCHEMA, ImageRef, error_value, image_refs
 from smolvlm.config import ImageConfig
 from smolvlm.image import ImageLimits, ImagePolicy
@@ -18,15 +18,16 @@ from smolvlm.image import ImageLimits, ImagePolicy
 _DECODER_MEMORY_BYTES = 4 << 30
 
 
-def decoder_options(job: Job, config: ImageConfig) -> DecoderOptions:
-    """Return what the decoder process must know of the job and its checkpoint."""
-    image = job.image
+def decoder_options(
+    image: ImageOptions, config: ImageConfig, memory_bytes: int = _DECODER_MEMORY_BYTES
+) -> DecoderOptions:
+    """Return what the decoder process must know of the images' treatment and the checkpoint."""
     return DecoderOptions(
         config=config,
         policy=ImagePolicy(longest_edge=image.longest_edge, upscale=image.upscale, image_splitting=image.splitting),
         limits=ImageLimits(max_pixels=image.max_pixels, max_bytes=image.max_bytes),
         timeout_s=image.timeout_s,
-        memory_bytes=_DECODER_MEMORY_BYTES,
+        memory_bytes=memory_bytes,
     )
 
 
@@ -36,7 +37,7 @@ class PrepareWorker:
     def __init__(self, job: Job, config: ImageConfig, control: Control, max_workers: int) -> None:
         control.enlist("prepare", max_workers)
         self._fetcher = Fetcher(job.source, job.image.max_bytes)
-        self._decoder = Decoder(decoder_options(job, config))
+        self._decoder = Decoder(decoder_options(job.image, config))
         self._control = control
 
     def __call__(self, block: pa.Table) -> pa.Table:

@@ -12,16 +12,18 @@ from pipeline import ranges
 from pipeline.claim import check_claim, claim, file_metadata
 from pipeline.commit import Commit, committed_rows, read_commits
 from pipeline.control import Control
+from pipeline.engine_worker import EngineWorker
 from pipeline.errors import ConfigError, LeaseLost, PipelineError
 from pipeline.execute import execute
 from pipeline.finish import errors_by_code, read_totals, resolve_overlaps, total_counts, write_success
-from pipeline.generate import AnswererFactory, SmolVLMAnswerer
+from pipeline.generate import Answerer, AnswererFactory
 from pipeline.job import Job
 from pipeline.lease import Fence, Lease
 from pipeline.manifest import Manifest, load_manifest, write_manifest
 from pipeline.progress import Progress, ProgressReporter
 from pipeline.records import output_schema
 from pipeline.resources import plan_resources
+from pipeline.shared import SharedAnswerer, check_endpoint
 from pipeline.sink import CommitSink
 from pipeline.source import Expand, InputBatch, manifest_tables
 from pipeline.storage import Location
@@ -55,17 +57,20 @@ def run(
     *,
     on_progress: Callable[[Progress], None] | None = None,
     drain: threading.Event | None = None,
-    answerer_factory: AnswererFactory = SmolVLMAnswerer,
+    answerer_factory: AnswererFactory | None = None,
 ) -> Summary:
     """Bring the destination to one row for every input of the source, and say what it took.
 
     Ray must be running. Setting `drain` lets what is in flight finish and leaves the rest to a resume.
     Raises ConfigError before any actor starts if the job cannot run as written, LeaseHeld if another driver is at it,
     PipelineError if it fails midway; what was committed stays, and the next run goes on from there.
+    `answerer_factory` takes the place of the engines that the job names.
     """
     started = time.monotonic()
     destination = Location(job.output.uri, job.output.endpoint_url)
     check_destination(job)
+    if job.engine.mode == "shared":
+        check_endpoint(job)
     resources = plan_resources(job, ImageConfig.from_pretrained(resolve_checkpoint(job.model.id, job.model.revision)))
     check_claim(destination, job)
     with Lease(destination) as lease:
@@ -77,10 +82,14 @@ def run(
         sink = _sink(job, destination, manifest, lease.fence, control)
         with ProgressReporter(control, manifest.rows, ranges.count(done), on_progress, drain):
             if len(pending):
-                execute(job, destination, manifest, pending, resources, sink, answerer_factory, control)
+                execute(job, destination, manifest, pending, resources, sink, answerer_factory or _answerer, control)
         if lease.lost:
             raise LeaseLost(f"{destination.uri}: another driver took over; see its output")
         return _finish(destination, manifest, control, ranges.count(done), time.monotonic() - started)
+
+
+def _answerer(job: Job) -> Answerer:
+    return SharedAnswerer(job) if job.engine.mode == "shared" else EngineWorker.for_job(job)
 
 
 def check_destination(job: Job) -> None:

@@ -226,11 +226,11 @@ def test_a_broken_engine_ends_its_process_and_answers_nothing(
 
 
 def test_the_real_engine_refuses_a_prompt_beyond_its_context(tiny_checkpoint: Path, job: Job) -> None:
-    from pipeline.generate import SmolVLMAnswerer
+    from pipeline.engine_worker import EngineWorker
 
     config = ImageConfig.from_pretrained(tiny_checkpoint)
     real = replace(job, model=Model(str(tiny_checkpoint), dtype="float32"), engine=EngineOptions(threads=1))
-    answerer = SmolVLMAnswerer(real)
+    answerer = EngineWorker.for_job(real)
     tiles = split_image(Image.new("RGB", (40, 30), "white"), config)
     with pytest.raises(RowRefused) as caught:
         answerer.submit(tiles, Task("long", "word " * 100_000), 0)

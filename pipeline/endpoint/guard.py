@@ -1,0 +1,182 @@
+"""What a request meets before any route: key, host, sizes, places left. Plain ASGI, so that nothing is read too early.
+
+A refused request costs no more than its headers; a body is counted while it comes and given to the routes whole.
+"""
+
+import asyncio
+import logging
+import uuid
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipeline.endpoint.errors import ApiError, internal_error, overloaded
+from pipeline.endpoint.keys import ApiKeys
+from pipeline.endpoint.metrics import Metrics
+from pipeline.endpoint.options import Limits
+
+OPEN_PATHS = ("/health",)
+CHAT_PATH = "/v1/chat/completions"
+SLOW_READER_S = 60.0  # beyond the time of the answer itself, for a client that reads it slowly
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+
+logger = logging.getLogger("smolvlm.endpoint")
+
+
+class Guard:
+    """Wraps the routes. `keys` None: everyone may ask, with `local_only` under a name of this machine's own, since a
+    web page could otherwise reach the server through the browser of someone who sits at it."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys | None, local_only: bool, limits: Limits, metrics: Metrics) -> None:
+        self._app, self._keys, self._local_only = app, keys, local_only
+        self._limits, self._metrics = limits, metrics
+        self._in_flight = 0
+        self._body_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            return
+        request_id = f"req_{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        reply = _Reply(send, request_id)
+        try:
+            await self._admitted(scope, receive, reply)
+        except ApiError as error:
+            if not reply.status:
+                await error.response(_challenge(scope, error))(scope, receive, reply)
+        except Exception:
+            logger.exception("%s failed", request_id)
+            if not reply.status:
+                await internal_error(request_id).response()(scope, receive, reply)
+        finally:
+            self._metrics.requests.labels(_route(scope), str(reply.status)).inc()
+
+    async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        self._check_caller(scope, headers)
+        if scope["path"] != CHAT_PATH or scope["method"] != "POST":
+            await self._app(scope, _without_body(receive), send)
+            return
+        self._check_announced(headers)
+        if self._in_flight >= self._limits.max_requests:
+            raise overloaded()
+        self._in_flight += 1
+        self._metrics.in_flight.set(self._in_flight)
+        try:
+            await self._with_body(scope, receive, send)
+        finally:
+            self._in_flight -= 1
+            self._metrics.in_flight.set(self._in_flight)
+
+    def _check_caller(self, scope: Scope, headers: Headers) -> None:
+        if scope["path"] in OPEN_PATHS:
+            return
+        if self._keys is not None and not self._keys.accept(headers.get("authorization", "").encode("latin-1")):
+            raise ApiError(401, "invalid_api_key", "missing or wrong API key; send it as `Authorization: Bearer KEY`")
+        host = headers.get("host", "").lower()
+        if self._keys is None and self._local_only and _without_port(host) not in LOOPBACK_HOSTS:
+            raise ApiError(403, "host_not_allowed", "without API keys this server answers as localhost only")
+
+    def _check_announced(self, headers: Headers) -> None:
+        """What the headers say about the body."""
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "unsupported_media_type", "send the body as content-type application/json")
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise ApiError(415, "unsupported_media_type", "send the body without content-encoding")
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > self._limits.max_body_bytes:
+            raise self._too_large()
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, "body_too_large", f"the body has more than {self._limits.max_body_bytes} bytes")
+
+    async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = bytearray()
+        try:
+            if not await self._read(receive, body):
+                self._metrics.disconnects.inc()
+                return
+            with self._metrics.latency.time():
+                async with asyncio.timeout(self._limits.request_timeout_s + SLOW_READER_S):
+                    await self._app(scope, _replay(bytes(body), receive), send)
+        except TimeoutError:
+            raise ApiError(504, "timeout", "the answer took too long") from None
+        finally:
+            self._body_bytes -= len(body)
+
+    async def _read(self, receive: Receive, body: bytearray) -> bool:
+        """Gather the body within its time; False if the client leaves meanwhile."""
+        try:
+            async with asyncio.timeout(self._limits.body_timeout_s):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return False
+                    self._take(message.get("body", b""), body)
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            raise ApiError(408, "body_timeout", "the body took too long to arrive") from None
+        return True
+
+    def _take(self, chunk: bytes, body: bytearray) -> None:
+        body += chunk
+        self._body_bytes += len(chunk)
+        if len(body) > self._limits.max_body_bytes:
+            raise self._too_large()
+        if self._body_bytes > self._limits.max_total_body_bytes:
+            raise overloaded()
+
+
+class _Reply:
+    """Passes the response on, with the headers that all have; `status` is 0 until it has begun."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._headers = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
+        self.status = 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            present = {name for name, _ in message.get("headers", [])}
+            added = [header for header in self._headers if header[0] not in present]
+            message = {**message, "headers": [*message.get("headers", []), *added]}
+        await self._send(message)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Give the body once, then whatever comes: only the end of the connection can."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _without_body(receive: Receive) -> Receive:
+    """For routes that take none: what a client sends anyway is not looked at."""
+    return _replay(b"", receive)
+
+
+def _challenge(scope: Scope, error: ApiError) -> dict[str, str]:
+    """A browser that opens the page asks its user for the key, and sends it along from then on."""
+    if error.status != 401:
+        return {}
+    return {"www-authenticate": 'Basic realm="smolvlm"' if scope["path"] == "/" else "Bearer"}
+
+
+def _route(scope: Scope) -> str:
+    """The route that matched; not the path, which is the client's own text."""
+    return getattr(scope.get("route"), "path", "none")
+
+
+def _without_port(host: str) -> str:
+    return host if host.endswith("]") else host.rpartition(":")[0] or host

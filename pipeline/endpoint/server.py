@@ -1,0 +1,104 @@
+"""The HTTP server: uvicorn, with bounds on what a connection may hold without having asked anything."""
+
+import asyncio
+import socket
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from pipeline.endpoint.options import Limits
+
+MAX_HEAD_BYTES = 16 << 10
+KEEP_ALIVE_S = 30
+BACKLOG = 512
+
+
+class HttpServer:
+    """Serves `app` on a bound socket, on the running event loop, until it is stopped."""
+
+    def __init__(self, app: ASGIApp, bound: socket.socket, limits: Limits, drain_s: int) -> None:
+        config = uvicorn.Config(
+            app,
+            http=_bounded_protocol(limits),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # nobody's word about who is asking
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=drain_s,
+        )
+        self._server = uvicorn.Server(config)
+        self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[bound]))
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether it still takes connections."""
+        return not self._serving.done()
+
+    async def stop(self) -> None:
+        """Take no more connections, let requests under way finish within `drain_s`, and end."""
+        self._server.should_exit = True
+        await self._serving
+
+
+def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """Return a listening socket. `shared` lets another gateway on this machine take the same port, so that a new one
+    is there before the old one goes. Raises OSError."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound.bind(address)
+        bound.listen(BACKLOG)
+    except OSError:
+        bound.close()
+        raise
+    bound.setblocking(False)
+    return bound
+
+
+def _bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
+    """uvicorn waits for the head of a request for ever; this protocol does not, and counts connections."""
+
+    class BoundedProtocol(H11Protocol):
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > limits.max_connections:
+                transport.abort()
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget()
+            super().connection_lost(exc)
+
+        def _watch(self) -> None:
+            """The time of an unfinished head, or of a body that nobody wants any more, runs from its first byte."""
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._forget()
+            elif self._deadline is None:
+                self._deadline = self.loop.call_later(limits.header_timeout_s, self._give_up)
+
+        def _forget(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+        def _give_up(self) -> None:
+            self._deadline = None
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.close()
+
+    return BoundedProtocol
