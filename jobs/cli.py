@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.shortcuts import CAPTION, OCR, Options, one_task, with_options
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 
 OK, FAILED, WRONG_USE, TOO_MANY_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -127,6 +127,129 @@ def demo(
 
 
 @app.command()
+def chat(
+    model: ModelId = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    url: Annotated[str | None, typer.Option(help="Talk to a running endpoint instead of loading a model.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File that holds the endpoint's key.")] = None,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch pictures from the internet as well.")] = False,
+    history: Annotated[int, typer.Option(min=0, help="Past answers that stay in the prompt.")] = 2,
+    tiles: Annotated[int | None, typer.Option(min=1, help="The most tiles a picture may make.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens of this share.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Repeat what was drawn.")] = None,
+) -> None:
+    """Talk about pictures: `img>` takes a path, `txt>` a question, /help tells the rest."""
+    from jobs.chat import open_model, talk
+    from jobs.chat_models import AnswerOptions
+    from smolvlm.chat import Conversation
+
+    with _plain_errors("interrupted"):
+        answerer = open_model(model, revision, dtype, url, api_key_file)
+        options = AnswerOptions(max_new_tokens, temperature, top_p, seed)
+        passed = talk(answerer, Conversation(history, tiles), options, allow_urls)
+    raise typer.Exit(OK if passed else FAILED)
+
+
+@app.command()
+def evaluate(
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for the report; an earlier one goes.")],
+    model: Annotated[str, typer.Option(help="Checkpoint directory, hub id, or `bundled`.")] = "bundled",
+    revision: Revision = None,
+    source: Annotated[
+        str | None, typer.Option(help="Labelled images: Parquet, a list or tars. Without it: built-in documents.")
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column with the text of an image: `text`.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Image column of Parquet, URI column of a list.")] = None,
+    kind_column: Annotated[str | None, typer.Option(help="Column to report by, such as a document's kind.")] = None,
+    degraded_column: Annotated[str | None, typer.Option(help="Boolean column: whether an image is a bad one.")] = None,
+    documents: Annotated[int | None, typer.Option(min=1, help="Number of built-in documents: 500.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the built-in documents: 7.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first N.")] = None,
+    prompt: Annotated[str, typer.Option(help="What the model is asked.")] = str(OCR["prompt"]),
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = int(str(OCR["max_new_tokens"])),
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    endpoint_url: EndpointUrl = None,
+    max_error_share: MaxErrorShare = 0.05,
+    as_json: Json = False,
+) -> None:
+    """Measure how well a model reads labelled images: error rates by kind of document, and the worst cases."""
+    with _plain_errors("interrupted: no report was written"), _needs_extra("train"):
+        from jobs.evaluate import Data
+        from jobs.evaluate import evaluate as measure
+        from jobs.evaluation_report import summary_text
+        from jobs.readings import Settings
+        from pipeline.storage import Location
+
+        columns = (image_column, text_column, kind_column, degraded_column)
+        data = Data(source, *columns, endpoint_url, documents, seed, limit)
+        settings = Settings(model, revision, dtype, device, prompt, max_new_tokens)
+        content = measure(data, settings, Location(output, endpoint_url), sys.stderr)
+    print(summary_text(content) if sys.stdout.isatty() and not as_json else json.dumps(content))
+    raise typer.Exit(TOO_MANY_ERRORS if len(content["errors"]) > max_error_share * content["documents"] else OK)
+
+
+@app.command()
+def documents(
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for PNGs and labels.jsonl.")],
+    split: Annotated[str, typer.Option(help="held_out or train: fonts and texts of one are not in the other.")] = (
+        "held_out"
+    ),
+    count: Annotated[int, typer.Option(min=1, help="Number of documents.")] = 500,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed gives other documents.")] = 7,
+    endpoint_url: EndpointUrl = None,
+) -> None:
+    """Write built-in documents with their texts, for measuring other readers on what `evaluate` measures."""
+    with _plain_errors("interrupted: labels.jsonl was not written"), _needs_extra("train"):
+        from jobs.generated import GeneratedDocuments, write_documents
+        from pipeline.storage import Location
+
+        write_documents(GeneratedDocuments(split, seed, count), Location(output, endpoint_url))
+
+
+@app.command()
+def serve(
+    model: ModelId = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on: 127.0.0.1. Others need API keys.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on: 8000.")] = None,
+    api_key_file: Annotated[str | None, typer.Option(help="File with one API key a line, or sha256:… of it.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Answer other machines without a key.")] = False,
+    allow_image_host: Annotated[
+        list[str] | None, typer.Option(help="Host that images may be fetched from, or *.domain; may be repeated.")
+    ] = None,
+    gpus: Gpus = None,
+    replicas: Replicas = None,
+    address: Address = None,
+) -> None:
+    """Answer requests over HTTP as OpenAI's API does, until interrupted."""
+    from jobs import serve as endpoint
+
+    options = Options(model=model, revision=revision, dtype=dtype, gpus=gpus, replicas=replicas)
+    given = {"host": host, "port": port, "api_key_file": api_key_file, "allowed_image_hosts": allow_image_host}
+    with _plain_errors("aborted: requests under way were dropped"):
+        content = endpoint.content_of(options, {**given, "insecure": insecure})
+        wanted = endpoint.parse(content, "serve").to_options()
+        endpoint.serve(
+            wanted, _say_started, lambda: print("stopping: requests under way are answered", file=sys.stderr), address
+        )
+
+
+def _say_started(started: Any) -> None:
+    if not sys.stdout.isatty():
+        print(json.dumps({"event": "serving", **vars(started)}), flush=True)
+        return
+    print(f"{started.model} answers at {started.url}; Ctrl-C ends it")
+    print(f"  page       {started.url}/")
+    print(f"  OpenAI     base_url={started.url}/v1 model={started.model}")
+    print(f"  batch job  engine: {{mode: shared}} and --address {started.ray_address}", flush=True)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a job file."""
     from jobs.spec import schema_text
@@ -156,7 +279,9 @@ def _run(content: Mapping[str, Any], origin: str, address: str | None, max_error
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
+def _plain_errors(
+    interrupted: str = "aborted: what was committed stays; run the same job again to finish it",
+) -> Iterator[None]:
     """Turn what a user can cause into one message on stderr and its exit code."""
     try:
         yield
@@ -164,5 +289,15 @@ def _plain_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(WRONG_USE) from None
     except KeyboardInterrupt:
-        print("aborted: what was committed stays; run the same job again to finish it", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _needs_extra(name: str) -> Iterator[None]:
+    """Say how to install what a command needs beyond the package's own dependencies."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        remedy = f"pip install -c constraints.txt -e '.[{name}]'"
+        raise ConfigError(f"this command needs the package {error.name}, which is not installed: {remedy}") from error
