@@ -54,7 +54,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._decoded_last = False
         self._overtaken = 0  # pieces of online work in a row that went before batch work
-        self._num_batch_turns = 0
+        self._decodes_next = True  # whether the next turn of batch work, if it may be either, is a decode
 
     @property
     def has_unfinished(self) -> bool:
@@ -131,9 +131,10 @@ class Scheduler:
 
     def _batch_turn(self, batch: list[Sequence], decodes: bool) -> Work | None:
         """A piece of batch work; where online work keeps batch sequences from decoding too, that every other time."""
-        self._num_batch_turns += 1
-        if decodes and (not batch or self._num_batch_turns % 2):
+        if decodes and (self._decodes_next or not batch):
+            self._decodes_next = False
             return self._decode()
+        self._decodes_next = True
         return self._piece(batch)
 
     def _decode(self) -> Decode | None:

@@ -93,6 +93,7 @@ class Sequence:
     error: Exception | None = None  # what `on_token` raised
 
     def __post_init__(self) -> None:
+        self.is_online = self.priority >= ONLINE
         self.random = random.Random(self.params.seed)
         if not self.tile_ends:
             self.tile_ends = [[len(self.prompt_token_ids)] * len(tiles.pixels) for tiles in self.tiles]
@@ -110,10 +111,6 @@ class Sequence:
     def order(self) -> tuple[int, int]:
         """Sort key of all queues: higher priority first, then first come, first served."""
         return -self.priority, self.id
-
-    @property
-    def is_online(self) -> bool:
-        return self.priority >= ONLINE
 
     @property
     def is_encoded(self) -> bool:

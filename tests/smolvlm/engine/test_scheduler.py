@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from smolvlm.engine import ONLINE
+from smolvlm.engine.admission import PATIENCE
 from smolvlm.engine.block_manager import BlockManager
 from smolvlm.engine.scheduler import Decode, Encode, Limits, Prefill, Scheduler
 from smolvlm.engine.sequence import Sequence, Status
@@ -144,6 +146,109 @@ def test_equal_priority_fills_the_batch_before_it_decodes() -> None:
     assert [_encode(scheduler.schedule()) for _ in range(2)] == [[1], [1]]
     _prefill(scheduler)
     assert isinstance(scheduler.schedule(), Decode)
+
+
+def _run(scheduler: Scheduler) -> str:
+    """Pretend to do the next piece of work; what it was: e(ncode), p(refill) or d(ecode), upper case for online."""
+    work = scheduler.schedule()
+    match work:
+        case Encode(spans):
+            _encode(work)
+            owners = [s for s in scheduler.admitted if any(span.image in s.images for span in spans)]
+            return "E" if all(owner.is_online for owner in owners) else "e"
+        case Prefill(sequences):
+            scheduler.start(sequences)
+            return "P" if all(sequence.is_online for sequence in sequences) else "p"
+    assert isinstance(work, Decode)
+    return "d"
+
+
+def _runs(scheduler: Scheduler, count: int) -> str:
+    return "".join(_run(scheduler) for _ in range(count))
+
+
+def test_online_work_goes_first_also_before_the_decoding_of_batch_work() -> None:
+    scheduler = _scheduler(sequences=9, tiles=1)
+    _add(scheduler)
+    assert _runs(scheduler, 2) == "pd"
+    _add(scheduler, _tiles(3))
+    _add(scheduler, _tiles(2), priority=ONLINE)
+    assert _runs(scheduler, 9) == "EEPdedede"
+
+
+def test_online_prompts_wait_for_no_other_image_and_for_no_batch_prompt() -> None:
+    scheduler = _scheduler(sequences=9, tiles=1)
+    _add(scheduler)
+    early = _add(scheduler, _tiles(1), priority=ONLINE)
+    _add(scheduler, _tiles(2), priority=ONLINE)
+    assert _run(scheduler) == "E"
+    assert _prefill(scheduler) == [early]
+    assert _runs(scheduler, 6) == "dEdEdP"
+
+
+def test_batch_work_comes_in_small_pieces_once_there_was_online_work() -> None:
+    scheduler = Scheduler(Limits(9, 1000, 8, piece_tokens=30, piece_tiles=2), BlockManager(100, block_size=10))
+    _add(scheduler, _tiles(5))
+    assert _encode(scheduler.schedule()) == [5]
+    online = _add(scheduler, priority=ONLINE)
+    assert _prefill(scheduler) == [online]
+    scheduler.finish([online])
+    _prefill(scheduler)
+    _add(scheduler, _tiles(5), prompt=70)
+    assert [_encode(scheduler.schedule()) for _ in range(3)] == [[2], [2], [1]]
+    assert [[s.num_scheduled for s in _prefill(scheduler)] for _ in range(3)] == [[30], [60], [70]]
+
+
+def test_prompts_are_cut_to_fill_a_piece() -> None:
+    scheduler = Scheduler(Limits(9, 1000, 8, piece_tokens=50), BlockManager(100, block_size=10))
+    online = _add(scheduler, priority=ONLINE)
+    _prefill(scheduler)
+    batch = [_add(scheduler, prompt=prompt) for prompt in (20, 70, 5)]
+    pieces = []
+    while not all(sequence.status is Status.RUNNING for sequence in batch):
+        work = scheduler.schedule()
+        if isinstance(work, Prefill):
+            pieces.append([(batch.index(s), s.num_computed, s.num_scheduled) for s in work.sequences])
+            scheduler.start(work.sequences)
+    assert pieces == [[(0, 0, 20), (1, 0, 30)], [(1, 30, 70), (2, 0, 5)]]
+    assert online.status is Status.RUNNING
+
+
+def test_an_online_prompt_is_cut_only_while_others_are_answered() -> None:
+    scheduler = Scheduler(Limits(9, 1000, 8, piece_tokens=50), BlockManager(100, block_size=10))
+    first = _add(scheduler, prompt=80, priority=ONLINE)
+    assert _prefill(scheduler) == [first]
+    _add(scheduler, prompt=80, priority=ONLINE)
+    assert _runs(scheduler, 4) == "dPdP"
+
+
+def test_batch_work_has_a_turn_in_so_many_also_under_a_steady_online_load() -> None:
+    """Batch sequences want to decode as well as to be encoded; the online ones never come to an end."""
+    scheduler = _scheduler(sequences=9, tiles=1)
+    _add(scheduler)
+    assert _run(scheduler) == "p"
+    _add(scheduler, _tiles(9))
+    _add(scheduler, _tiles(99), priority=ONLINE)
+    assert _runs(scheduler, 3 * (PATIENCE + 1)) == "E" * PATIENCE + "d" + "E" * PATIENCE + "e" + "E" * PATIENCE + "d"
+
+
+def test_batch_pieces_have_their_turn_between_online_answers() -> None:
+    scheduler = _scheduler(sequences=9, tiles=1)
+    _add(scheduler, priority=ONLINE)
+    assert _run(scheduler) == "P"
+    _add(scheduler, _tiles(9))
+    _add(scheduler, _tiles(99), priority=ONLINE)
+    assert _runs(scheduler, 2 * PATIENCE + 3) == "dE" * PATIENCE + "ded"
+
+
+def test_a_running_batch_goes_on_while_an_online_sequence_waits_for_its_memory() -> None:
+    scheduler = _scheduler(blocks=10, tiles=1)
+    _add(scheduler, prompt=10, answer=40)
+    assert _run(scheduler) == "p"
+    _add(scheduler, _tiles(3), prompt=10, answer=10)
+    assert _run(scheduler) == "e"
+    _add(scheduler, prompt=50, answer=40, priority=ONLINE)
+    assert _runs(scheduler, 7) == "dededpd"
 
 
 def test_abort_frees_everything_in_every_state() -> None:
