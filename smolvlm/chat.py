@@ -17,6 +17,10 @@ DEFAULT_HISTORY = 2
 PLACE = re.compile(r"\{(\d+)\}")
 
 
+class UnknownPicture(ValueError):
+    """A question places a picture that was never shown."""
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """An image file that was shown. Each is itself alone: the same file shown twice makes two."""
@@ -98,7 +102,7 @@ class Conversation:
         self._waiting.append(picture)
 
     def prompt(self, question: str) -> Prompt:
-        """What to ask a model. Changes nothing. Raises ValueError for `{N}` where no picture has that number."""
+        """What to ask a model. Changes nothing. Raises UnknownPicture for `{N}` where no picture has that number."""
         kept = self.exchanges[-self.history :] if self.history else []
         turns = [*((each.question, each.answer) for each in kept), (self._parts(question), None)]
         first, answer = turns[0]
@@ -126,7 +130,7 @@ class Conversation:
 
     def _numbered(self, number: int) -> Picture:
         if not 1 <= number <= len(self.pictures):
-            raise ValueError(f"there is no picture {{{number}}}; {len(self.pictures)} have been shown")
+            raise UnknownPicture(f"there is no picture {{{number}}}; {len(self.pictures)} have been shown")
         return self.pictures[number - 1]
 
     def _out_of_sight(self, turns: Iterable[tuple[tuple[Part, ...], Any]], num_dropped: int) -> list[Picture]:

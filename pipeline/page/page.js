@@ -186,7 +186,7 @@ class Answer {
       this.first ??= this.last;
       this.text.append(this.text.hasChildNodes() ? piece : piece.trimStart());
     }
-    this.reason = choice?.finish_reason ?? this.reason;
+    this.reason = smolvlm?.finish_reasons?.[0] ?? choice?.finish_reason ?? this.reason;
     this.usage = usage ?? this.usage;
     if (smolvlm?.tiles) this.cut(smolvlm.tiles);
   }

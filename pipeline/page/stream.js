@@ -11,7 +11,7 @@ class Problem extends Error {
 /** Call the server. Rejects with a Problem where it cannot be reached or refuses. */
 async function call(path, key, options = {}) {
   const headers = { ...(options.body && { "content-type": "application/json" }), ...(key && { authorization: `Bearer ${key}` }) };
-  const response = await fetch(path, { ...options, headers, credentials: "omit" }).catch((error) => {
+  const response = await fetch(path, { ...options, headers }).catch((error) => {
     if (error.name === "AbortError") throw error;
     throw new Problem("The server does not answer. Is it still running?");
   });
@@ -25,8 +25,8 @@ async function refusal(response) {
   switch (response.status) {
     case 401: return new Problem("This server wants an API key: enter it under Settings.", 401);
     case 413: return new Problem(`Too large for this server. ${said}`, 413);
-    case 429: return new Problem(`The server is busy${wait ? `; try again in ${wait} s` : ""}. ${said}`, 429);
-    case 503: return new Problem(`The engine is restarting${wait ? `; try again in ${wait} s` : ""}. ${said}`, 503);
+    case 429: return new Problem(`The server is busy; try again in ${wait ? `${wait} s` : "a moment"}.`, 429);
+    case 503: return new Problem(`No engine can answer now; try again in ${wait ? `${wait} s` : "a moment"}.`, 503);
     default: return new Problem(said || `The server answered ${response.status}.`, response.status);
   }
 }

@@ -20,9 +20,11 @@ class Endpoint:
     pieces: list[str] = field(default_factory=lambda: [" Two", " cats", " & a <b>dog</b>."])
     tiles: list[dict[str, int]] = field(default_factory=lambda: [{"rows": 3, "cols": 4, "width": 1600, "height": 1200}])
     finish_reason: str = "stop"
+    models: Any = field(default_factory=lambda: {"object": "list", "data": [{"id": MODEL, "object": "model"}]})
     key: str | None = None
     refuse: tuple[int, str, dict[str, str]] | None = None  # status, message, headers
     break_off: bool = False  # close the connection where the answer should end
+    files: dict[str, bytes] = field(default_factory=dict)  # what else there is to get, by path
     gate: threading.Event = field(default_factory=threading.Event)
     url: str = ""
     requests: list[tuple[str, dict[str, Any] | None]] = field(default_factory=list)
@@ -42,13 +44,15 @@ class Endpoint:
         ]
         for delta in deltas:
             yield {**common, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
-        yield {**common, "choices": [{"index": 0, "delta": {}, "finish_reason": self.finish_reason}]}
+        # OpenAI's API knows no "repetition".
+        reason = "length" if self.finish_reason == "repetition" else self.finish_reason
+        yield {**common, "choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
         usage = {"prompt_tokens": 877, "completion_tokens": len(self.pieces), "total_tokens": 877 + len(self.pieces)}
         yield {
             **common,
             "choices": [],
             "usage": {**usage, "prompt_tokens_details": {"cached_tokens": 832}},
-            "smolvlm": {"tiles": self.tiles},
+            "smolvlm": {"tiles": self.tiles, "finish_reasons": [self.finish_reason]},
         }
 
 
@@ -77,8 +81,10 @@ def _handler(served: Endpoint) -> type[BaseHTTPRequestHandler]:
             if self.path == "/":
                 page = load_page()
                 self._send(200, page.html.encode(), page.headers)
+            elif self.path in served.files:
+                self._send(200, served.files[self.path], {})
             elif self.path == "/v1/models" and self._is_allowed():
-                self._send_json(200, {"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+                self._send_json(200, served.models)
             elif self.path != "/v1/models":
                 self._refuse(404, f"no route {self.path}")
 
