@@ -96,6 +96,15 @@ def engine(value: EngineOptions) -> EngineOptions:
     return value
 
 
+def own_engine(value: EngineOptions) -> EngineOptions:
+    """Return `value` if it fits an endpoint, which has engines of its own and no preparation of its own."""
+    if value.mode != "dedicated":
+        refuse("mode", value.mode, "an endpoint has its own engines; leave it out")
+    if value.prepare_workers is not None:
+        refuse("prepare_workers", value.prepare_workers, "an endpoint has `decoders` instead; leave it out")
+    return engine(value)
+
+
 def _check_url(key: str, uri: str) -> None:
     if not uri.strip():
         refuse(key, uri, f"empty; give a URL such as {SCHEMES[0]}://bucket/folder/ or a local path")

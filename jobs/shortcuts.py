@@ -35,8 +35,13 @@ def one_task(task: Mapping[str, Any], source: str, output: str) -> dict[str, Any
         "output": {"uri": output},
         "model": {"id": DEFAULT_MODEL, "revision": DEFAULT_REVISION},
         "tasks": [dict(task)],
-        "engine": {"gpus": 1 if _NVIDIA_DRIVER.exists() else 0},
+        "engine": {"gpus": 1 if has_gpu() else 0},
     }
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA driver."""
+    return _NVIDIA_DRIVER.exists()
 
 
 def with_options(content: Mapping[str, Any], options: Options) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def execute(
                 fn_constructor_args=(job, answerer_factory, control),
                 compute=_pool(job.engine.replicas, resources.blocks_per_engine(rows)),
                 num_cpus=resources.engine_cpus,
-                num_gpus=job.engine.gpus,
+                num_gpus=resources.engine_gpus,
                 batch_size=None,
                 batch_format="pyarrow",
             )

@@ -23,7 +23,6 @@ from pipeline.manifest import Manifest, load_manifest, write_manifest
 from pipeline.progress import Progress, ProgressReporter
 from pipeline.records import output_schema
 from pipeline.resources import plan_resources
-from pipeline.shared import SharedAnswerer, check_endpoint
 from pipeline.sink import CommitSink
 from pipeline.source import Expand, InputBatch, manifest_tables
 from pipeline.storage import Location
@@ -69,9 +68,8 @@ def run(
     started = time.monotonic()
     destination = Location(job.output.uri, job.output.endpoint_url)
     check_destination(job)
-    if job.engine.mode == "shared":
-        check_endpoint(job)
-    resources = plan_resources(job, ImageConfig.from_pretrained(resolve_checkpoint(job.model.id, job.model.revision)))
+    image_config = ImageConfig.from_pretrained(resolve_checkpoint(job.model.id, job.model.revision))
+    resources = plan_resources(job, image_config, _endpoint_sequences(job))
     check_claim(destination, job)
     with Lease(destination) as lease:
         claim(destination, job)
@@ -89,7 +87,19 @@ def run(
 
 
 def _answerer(job: Job) -> Answerer:
-    return SharedAnswerer(job) if job.engine.mode == "shared" else EngineWorker.for_job(job)
+    if job.engine.mode == "dedicated":
+        return EngineWorker.for_job(job)
+    from pipeline.shared import SharedAnswerer  # Ray Serve is an extra that other jobs do without
+
+    return SharedAnswerer(job)
+
+
+def _endpoint_sequences(job: Job) -> int | None:
+    if job.engine.mode == "dedicated":
+        return None
+    from pipeline.shared import check_endpoint
+
+    return check_endpoint(job)
 
 
 def check_destination(job: Job) -> None:

@@ -17,7 +17,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from pipeline.endpoint.client import EngineRequest, EngineStatus, EngineUnavailable, Event
-from pipeline.endpoint.options import EndpointOptions
+from pipeline.endpoint.options import EndpointOptions, check_exposure
 from pipeline.engine_worker import EngineWorker, Row
 from pipeline.errors import RowError
 from pipeline.generate import Answer
@@ -127,7 +127,8 @@ class ServeEngines:
 
 
 def build_application(options: EndpointOptions) -> serve.Application:
-    """Return the application for `serve.run`, `serve.deploy` or a Serve config."""
+    """Return the application for `serve.run` or a Serve config. Raises ConfigError if it would be open to strangers."""
+    check_exposure(options)
     engine, cpus = options.engine, _engine_cpus(options.engine)
     watched: dict[str, Any] = {
         "health_check_period_s": HEALTH_PERIOD_S,
@@ -158,6 +159,11 @@ def start(options: EndpointOptions) -> None:
     """
     serve.start(proxy_location="Disabled", logging_config=_QUIET)
     serve.run(build_application(options), name=APP_NAME, route_prefix=None)
+
+
+def stop() -> None:
+    """Take the endpoint away: gateways take no more requests, what is under way is answered within DRAIN_S."""
+    serve.delete(APP_NAME)
 
 
 def engines_handle() -> "DeploymentHandle[Any]":

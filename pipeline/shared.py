@@ -22,24 +22,29 @@ from smolvlm.image import Tiles
 
 ROWS_PER_CALL = 8
 MAX_ATTEMPTS = 10
+_STATUS_TIMEOUT_S = 60.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 
 
-def check_endpoint(job: Job) -> None:
-    """Raise ConfigError unless an endpoint with the job's model runs on this cluster."""
+def check_endpoint(job: Job) -> int:
+    """Return how many sequences the endpoint's engines decode together.
+
+    Raises ConfigError unless an endpoint with the job's model runs on this cluster.
+    """
     remedy = "start one with `smolvlm serve` on the same cluster, or set engine.mode to dedicated"
     try:
-        statuses: list[EngineStatus] = engines_handle().broadcast("status").results(timeout_s=60)
-    except (RayServeException, RayError, TimeoutError) as error:
-        raise ConfigError(
-            f"engine.mode is shared, but no endpoint answers here ({type(error).__name__}); {remedy}"
-        ) from error
+        statuses: list[EngineStatus] = engines_handle().broadcast("status").results(timeout_s=_STATUS_TIMEOUT_S)
+    except (RayServeException, RayError, TimeoutError):
+        statuses = []
+    if not statuses:
+        raise ConfigError(f"engine.mode is shared, but no endpoint answers on this cluster; {remedy}")
     served = statuses[0].model
     if served != job.model:
         raise ConfigError(
             f"engine.mode is shared, but the endpoint serves {served}, not {job.model}; set `model` to that, or "
             f"{remedy}"
         )
+    return sum(int(status.stats["max_num_sequences"]) for status in statuses)
 
 
 class SharedAnswerer:

@@ -1,11 +1,13 @@
 """What the operator of an endpoint sets. Frozen values, validated by whoever built them (`jobs/serve.py`)."""
 
+import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Interval
 
+from pipeline.errors import ConfigError
 from pipeline.job import EngineOptions, ImageOptions, Model
 
 MIB = 1 << 20
@@ -60,3 +62,19 @@ class EndpointOptions:
     def model_name(self) -> str:
         """What clients call the model: of a directory its name, never a path of this machine."""
         return Path(self.model.id).name if Path(self.model.id).is_absolute() else self.model.id
+
+
+def check_exposure(options: EndpointOptions) -> None:
+    """Raise ConfigError if other machines could ask without a key and nobody said that they may."""
+    if options.api_key_file is None and not options.insecure and not _is_loopback(options.host):
+        raise ConfigError(
+            f"host {options.host} is open to other machines, but there are no API keys: give an api_key_file, keep the "
+            "host 127.0.0.1, or say insecure if everyone may ask"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
