@@ -9,7 +9,7 @@ from typing import Literal
 from smolvlm.training.documents.vocabulary import belongs
 from smolvlm.training.documents.writer import Writer
 
-Align = Literal["left", "center", "right"]
+Align = Literal["left", "center", "right", "both"]
 Rules = Literal["none", "grid", "lines", "frame", "dashes"]
 
 
@@ -54,9 +54,10 @@ class Content:
 
 
 def write(kind: str, writer: Writer, space: Space) -> Content:
-    """Write a document of the kind into the space; at least one character, at most what the space allows."""
+    """Write a document of the kind into the space; where it is too narrow for any row of the kind, one short word."""
     content = WRITE[kind](writer, space)
-    return Content(tuple(_within(content.rows, space)), content.rules)
+    rows = [row for row in content.rows if len(row.text) <= space.columns]
+    return Content(tuple(_within(rows or _rows([_short(writer, space.columns)]), space)), content.rules)
 
 
 def _within(rows: Iterable[Row], space: Space) -> Iterable[Row]:
@@ -102,7 +103,7 @@ def _pair(left: str, right: str, space: Space) -> Row:
 
 
 def _short(writer: Writer, longest: int) -> str:
-    return writer.cased(max(longest, 3))
+    return writer.cased(max(longest, 1))
 
 
 def word(writer: Writer, space: Space) -> Content:
@@ -132,7 +133,10 @@ def paragraph(writer: Writer, space: Space) -> Content:
     rows = writer.random.randint(min(3, space.rows), max(min(space.rows, 8), min(3, space.rows)))
     tokens = [token for _ in range(rows) for token in writer.sentence()]
     lines = wrap(tokens, Space(space.columns, rows, space.chars)) or [_short(writer, space.columns)]
-    return Content(_rows(lines, writer.random.choice(("left", "left", "left", "center", "right"))))
+    align: Align = writer.random.choice(("left", "left", "left", "both", "both", "center", "right"))
+    if align == "both":
+        return Content((*_rows(lines[:-1], "both"), *_rows(lines[-1:])))
+    return Content(_rows(lines, align))
 
 
 def dense(writer: Writer, space: Space) -> Content:
@@ -142,6 +146,9 @@ def dense(writer: Writer, space: Space) -> Content:
     return Content(_rows(wrap(tokens, space) or [_short(writer, space.columns)]))
 
 
+TOTALS = ("TOTAL", "Total", "SUM", "Sum", "AMOUNT DUE", "Due", "TO PAY", "Balance", "GRAND TOTAL", "Net")
+
+
 def receipt(writer: Writer, space: Space) -> Content:
     head = [_shop(writer, space), *_receipt_details(writer, space)]
     tail = _receipt_tail(writer, space)
@@ -149,7 +156,8 @@ def receipt(writer: Writer, space: Space) -> Content:
     currency = writer.random.choice(("", "", "$", "£", "€"))
     items, total = _items(writer, count)
     shown = [_pair(_item_name(writer, space, len(price)), currency + price, space) for price in items]
-    label = writer.pick("TOTAL", "Total", "SUM", "Sum", "AMOUNT DUE", "Due", "TO PAY", "Balance", "GRAND TOTAL", "Net")
+    labels = [label for label in TOTALS if len(label) + len(currency + total) < space.columns] or ["SUM"]
+    label = writer.pick(*labels)
     rows = [*head, *shown, _ruled(_pair(label, currency + total, space)), *tail]
     return Content(tuple(_without_middle(rows, space)), writer.random.choice(("none", "dashes", "lines", "none")))
 
@@ -214,7 +222,7 @@ def _item_name(writer: Writer, space: Space, taken: int) -> str:
     name = writer.word(min(room, 12))
     if room - len(name) > 4 and writer.random.random() < 0.6:
         name = f"{name} {writer.word(min(room - len(name) - 1, 10))}"
-    return amount + writer.random.choice((name.title(), name, name.upper()))
+    return amount + writer.random.choice((name.capitalize(), name, name.upper()))
 
 
 def form(writer: Writer, space: Space) -> Content:

@@ -18,16 +18,17 @@ LIGHTS = 5  # uneven light: a grid of random greys, stretched over the page
 GRAIN = 1024  # edge of the field of noise that documents cut theirs from; wider than most of them
 DEVIATION = 40  # of that field in grey levels, so that it is rarely clipped
 MIDDLE = 128
+LEAST_BLUR = 0.3  # pixels; less would not be seen
 
 
 def draw(
     page: Page, size: tuple[int, int], font_size: float, look: Look, warp: Warp | None, random: Random
 ) -> Image.Image:
     """Draw the page on an image of the size (width, height), its type `font_size` pixels high; RGB."""
-    ink = _ink(page, size, look)
+    ink = draw_ink(page, size, look)
     if warp:
         ink = warp.image(ink)
-    if look.blur:
+    if look.blur * font_size > LEAST_BLUR:
         ink = ink.filter(ImageFilter.GaussianBlur(look.blur * font_size))
     image = Image.composite(Image.new("RGB", size, look.ink), _paper(size, look, warp, random), ink)
     if look.noise:
@@ -35,7 +36,8 @@ def draw(
     return _compressed(image, look.quality) if look.quality else image
 
 
-def _ink(page: Page, size: tuple[int, int], look: Look) -> Image.Image:
+def draw_ink(page: Page, size: tuple[int, int], look: Look) -> Image.Image:
+    """Draw how much ink there is on the page of the size (width, height), 0 to 255; L."""
     ink = Image.new("L", size)
     pen = ImageDraw.Draw(ink)
     for band in page.bands:
@@ -57,10 +59,9 @@ def _paper(size: tuple[int, int], look: Look, warp: Warp | None, random: Random)
 
 
 def _lit(size: tuple[int, int], colour: Colour, shade: float, random: Random) -> Image.Image:
-    greys = bytes(round(random.uniform(MIDDLE - shade, MIDDLE + shade)) for _ in range(LIGHTS * LIGHTS))
-    light = Image.frombytes("L", (LIGHTS, LIGHTS), greys).resize(size, Image.Resampling.BICUBIC)
-    channels = [light.point([min(max(level + grey - MIDDLE, 0), 255) for grey in range(256)]) for level in colour]
-    return Image.merge("RGB", channels)
+    lights = [random.uniform(-shade, shade) for _ in range(LIGHTS * LIGHTS)]
+    pixels = bytes(round(min(max(level + light, 0), 255)) for light in lights for level in colour)
+    return Image.frombytes("RGB", (LIGHTS, LIGHTS), pixels).resize(size, Image.Resampling.BICUBIC)
 
 
 def _grain(size: tuple[int, int], deviation: float, random: Random) -> Image.Image:

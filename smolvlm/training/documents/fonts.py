@@ -1,7 +1,8 @@
 """Which font families there are, which split each belongs to, and how wide their glyphs are.
 
 Nothing is bundled: fonts come from matplotlib (DejaVu), from PyPI's `font-*` packages and from the system's font
-packages, whatever of them is installed. A family is taken if it holds the whole charset and no two characters look alike.
+packages, whatever of them is installed. A family is taken if it holds the whole charset and its letters and figures
+cannot be taken for each other.
 """
 
 from __future__ import annotations
@@ -34,20 +35,11 @@ HELD_OUT = (
     "Old Standard", "Open Sans", "PT", "Source Serif", "TeX Gyre Schola", "Tuffy", "Vollkorn",
 )  # fmt: skip
 UNREADABLE = (
-    "Amatic", "CMU Classical Serif", "CMU Serif Upright Italic", "D050000L", "Last Resort", "Romande ADF Script", "Standard Symbols", "Symbola", "Z003", "TeX Gyre Chorus", "STIXIntegrals",
-    "DejaVu Sans Display", "DejaVu Serif Display", "Linux Biolinum Keyboard", "Linux Libertine Initials",
+    "Amatic", "CMU Classical Serif", "CMU Serif Upright Italic", "D050000L", "DejaVu Sans Display",
+    "DejaVu Serif Display", "Last Resort", "Linux Biolinum Keyboard", "Linux Libertine Initials", "Romande ADF Script",
+    "Standard Symbols", "STIXIntegrals", "Symbola", "TeX Gyre Chorus", "Z003",
 )  # fmt: skip
-UNREADABLE_STYLES = (
-    "thin",
-    "hairline",
-    "extralight",
-    "ultralight",
-    "extra light",
-    "outline",
-    "shadow",
-    "swash",
-    "caps",
-)
+UNREADABLE_STYLES = ["thin", "hairline", "extralight", "ultralight", "outline", "shadow", "swash", "caps"]
 NAMES_OF_OTHER_SCRIPTS = ("noto", "lohit", "smc")
 LATIN_NOTO = ("NotoSans-", "NotoSerif-", "NotoMono-", "NotoSansMono-", "NotoSansDisplay-", "NotoSerifDisplay-")
 
@@ -76,13 +68,18 @@ class Face:
     descent: float
 
     def length(self, text: str) -> float:
-        return self.font.getlength(text)
+        return _length(self.font, text)
 
     def glyph(self, character: str) -> tuple[float, Rectangle]:
         """Return the advance and the ink's box (x0, y0, x1, y1) from the origin on the baseline."""
         advance, box = _glyph(self.path, character)
         scale = self.size / MEASURED
         return advance * scale, (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
+
+
+@lru_cache(maxsize=2048)
+def _length(font: ImageFont.FreeTypeFont, text: str) -> float:
+    return font.getlength(text)
 
 
 @lru_cache(maxsize=100_000)
@@ -164,7 +161,7 @@ def _readable(path: Path) -> Style | None:
     family, name = font.getname()
     if not family or not name or _begins_with_one_of(family, UNREADABLE):
         return None
-    if any(word in f"{family} {name}".lower() for word in UNREADABLE_STYLES):
+    if any(word in f"{family}{name}".lower().replace(" ", "") for word in UNREADABLE_STYLES):
         return None
     return Style(family, name, path) if _is_legible(font) else None
 

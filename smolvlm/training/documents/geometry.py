@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Floats = NDArray[np.float64]
+DECIMALS = 12  # kept of a matrix: processors differ in the last ones, pictures must not
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Warp:
     def image(self, page: Image.Image) -> Image.Image:
         """Return the page as the map shows it, black where there is no page."""
         inverse = np.linalg.inv(self.matrix)
-        coefficients = (inverse / inverse[2, 2]).ravel()[:8].tolist()
+        coefficients = (inverse / inverse[2, 2]).round(DECIMALS).ravel()[:8].tolist()
         return page.transform(self.size, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BILINEAR)
 
 
@@ -68,4 +69,5 @@ def _homography(source: Floats, target: Floats) -> Floats:
     rows = []
     for (x, y), (u, v) in zip(source, target, strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
-    return np.append(np.linalg.solve(np.array(rows), target.ravel()), 1.0).reshape(3, 3)
+    solution = np.linalg.solve(np.array(rows), target.ravel()).round(DECIMALS)
+    return np.append(solution, 1.0).reshape(3, 3)

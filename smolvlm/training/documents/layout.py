@@ -60,12 +60,12 @@ class Page:
 def overflow(content: Content, kind: Type, area: Rectangle) -> float:
     """Return how many times too large the type is for the area; at most 1 if all fits."""
     width, height = area[2] - area[0], area[3] - area[1]
-    needed = [
-        kind.width(cell.text, kind.face(row)) / ((cell.end - cell.start) * width - _gap(kind, row))
-        for row in content.rows
-        for cell in row.cells
-    ]
-    return max(*needed, len(content.rows) * kind.pitch / height) if min(needed) > 0 else float("inf")
+    needed = len(content.rows) * kind.pitch / height
+    for row in content.rows:
+        for cell in row.cells:
+            room = (cell.end - cell.start) * width - _gap(kind, row)
+            needed = max(needed, kind.width(cell.text, kind.face(row)) / room if room > 0 else float("inf"))
+    return needed
 
 
 def _gap(kind: Type, row: Row) -> float:
@@ -82,7 +82,8 @@ def place(content: Content, kind: Type, area: Rectangle, slack: tuple[float, flo
         baseline = area[1] + number * kind.pitch + kind.body.ascent + (kind.leading - 1) * kind.pitch / 2
         for cell in row.cells:
             boxes += [NOWHERE] * bool(boxes)
-            placed = list(_words(cell, kind, kind.face(row), _left(cell, kind, row, area), baseline))
+            stretch = _stretch(cell, kind, row, area)
+            placed = list(_words(cell, kind, kind.face(row), (_left(cell, kind, row, area), baseline), stretch))
             runs += [run for word, _ in placed for run in word]
             boxes += [box for _, word in placed for box in word][:-1]
     text = "\n".join(row.text for row in content.rows)
@@ -105,15 +106,27 @@ def _block(content: Content, kind: Type, area: Rectangle, slack: tuple[float, fl
 
 def _left(cell: Cell, kind: Type, row: Row, area: Rectangle) -> float:
     start, end = (area[0] + (area[2] - area[0]) * share for share in (cell.start, cell.end))
-    margin, width = _gap(kind, row) / 2, kind.width(cell.text, kind.face(row))
+    start += _gap(kind, row) / 2 * (cell.start > 0)
+    end -= _gap(kind, row) / 2 * (cell.end < 1)
+    width = kind.width(cell.text, kind.face(row))
     if cell.align == "center":
         return (start + end - width) / 2
-    return start + margin if cell.align == "left" else end - margin - width
+    return end - width if cell.align == "right" else start
 
 
-def _words(cell: Cell, kind: Type, face: Face, x: float, y: float) -> Iterator[tuple[list[Run], list[Rectangle]]]:
+def _stretch(cell: Cell, kind: Type, row: Row, area: Rectangle) -> float:
+    """Return by how much every space of a justified line is wider; lines of few words are left as they are."""
+    spare = (area[2] - area[0]) * (cell.end - cell.start) - kind.width(cell.text, kind.face(row))
+    stretch = spare / max(cell.text.count(" "), 1)
+    return stretch if cell.align == "both" and stretch < kind.body.size else 0.0
+
+
+def _words(
+    cell: Cell, kind: Type, face: Face, origin: tuple[float, float], stretch: float
+) -> Iterator[tuple[list[Run], list[Rectangle]]]:
     """Yield the runs of each word and the boxes of its letters and of the space after it."""
-    space = face.length(" ") + kind.tracking
+    x, y = origin
+    space = face.length(" ") + kind.tracking + stretch
     for word in cell.text.split(" "):
         glyphs = [face.glyph(letter) for letter in word]
         drawn = face.length(word)
@@ -131,7 +144,8 @@ def _bands(content: Content, kind: Type, area: Rectangle) -> tuple[Rectangle, ..
     if content.rules not in ("grid", "frame"):
         return ()
     tops = [area[1] + number * kind.pitch for number, row in enumerate(content.rows) if row.is_heading]
-    return tuple((area[0], top, area[2], top + kind.pitch) for top in tops)
+    pad = kind.body.size * OVERHANG
+    return tuple((area[0] - pad, top, area[2] + pad, top + kind.pitch) for top in tops)
 
 
 def _lines(content: Content, kind: Type, area: Rectangle) -> tuple[Rectangle, ...]:
@@ -144,7 +158,7 @@ def _lines(content: Content, kind: Type, area: Rectangle) -> tuple[Rectangle, ..
         step = kind.body.size / 2
         return tuple((x, y, x + step / 2, y) for y in ends for x in np.arange(x0, x1 - step / 2, step).tolist())
     under = [(x0, y0 + pitch * (n + 1), x1, y0 + pitch * (n + 1)) for n, row in enumerate(content.rows) if row.has_rule]
-    pad = kind.body.size * OVERHANG / 2
+    pad = kind.body.size * OVERHANG
     frame = [
         (x0 - pad, y0, x1 + pad, y0),
         (x0 - pad, y1, x1 + pad, y1),

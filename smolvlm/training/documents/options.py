@@ -48,7 +48,9 @@ class DocumentOptions:
         most = self.reference_edge / FITS_ANYWHERE
         small, large = self.text_px
         _require(6 <= small <= min(large, most), "text_px", self.text_px, f"(low, high) with 6 <= low <= {most:g}")
-        _require(small <= large <= self.reference_edge / 2, "text_px", self.text_px, "at most half of reference_edge")
+        _require(
+            small <= large <= self.reference_edge / 4, "text_px", self.text_px, "at most a quarter of reference_edge"
+        )
         _require(0.0 <= self.degraded_share <= 1.0, "degraded_share", self.degraded_share, "a share from 0 to 1")
         _require(self.max_chars >= 4, "max_chars", self.max_chars, "at least 4")
         _require(self.max_lines >= 1, "max_lines", self.max_lines, "at least 1")

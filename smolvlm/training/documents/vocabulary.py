@@ -12,6 +12,7 @@ from importlib.resources import files
 
 from smolvlm.training.documents.options import Split
 
+PUNCTUATION = string.punctuation + "£€°"
 CHARACTERS = "".join(sorted(set(string.printable) - set(string.whitespace))) + "£€°é"
 HELD_OUT_SHARE = 5  # one unit in five is held out
 WORDS = 30_000
@@ -28,9 +29,6 @@ def units(text: str) -> list[str]:
     return words + [t for t in tokens if len(t) >= SHORTEST_UNIT and any(c.isdigit() for c in t)]
 
 
-PUNCTUATION = string.punctuation + "£€°"
-
-
 def belongs(text: str, split: Split) -> bool:
     """Whether every unit of the text belongs to the split; shorter words belong to both."""
     return all(split_of_unit(unit) == split for unit in units(text))
@@ -44,14 +42,26 @@ def split_of_unit(unit: str) -> Split:
 
 @cache
 def words(split: Split) -> tuple[str, ...]:
-    """Return the split's share of the commonest English words (pyspellchecker's list), the commonest first."""
+    """Return the split's share of the common English words of four or more letters, the commonest first."""
+    return tuple(word for word in _common() if units(word) and belongs(word, split))
+
+
+@cache
+def short_words() -> tuple[str, ...]:
+    """Return the words too short to be on one side only, the commonest first."""
+    return tuple(word for word in _common() if not units(word))
+
+
+@cache
+def _common() -> tuple[str, ...]:
+    """Return the common words of pyspellchecker's list that better-profanity has nothing against."""
     packed = files("spellchecker").joinpath("resources/en.json.gz").read_bytes()
     counts: dict[str, int] = json.loads(gzip.decompress(packed))
     common = sorted(counts, key=lambda word: (-counts[word], word))[:WORDS]
     rude = frozenset(files("better_profanity").joinpath("profanity_wordlist.txt").read_text().split())
     stems = tuple(sorted(word for word in rude if len(word) > SHORTEST_UNIT))
-    decent = [word for word in common if word not in rude and not word.startswith(stems)]
-    return tuple(word for word in decent if DRAWABLE.fullmatch(word) and belongs(word, split))
+    decent = [word for word in common if not {word, word.split("'")[0]} & rude and not word.startswith(stems)]
+    return tuple(word for word in decent if DRAWABLE.fullmatch(word))
 
 
 @cache

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from random import Random
 
 from smolvlm.training.documents.options import Split
-from smolvlm.training.documents.vocabulary import belongs, names, own, words
+from smolvlm.training.documents.vocabulary import CHARACTERS, SHORTEST_UNIT, belongs, names, own, short_words, words
 
-COMMONNESS = 3  # rank = size * u**COMMONNESS: the commonest words often, the rare ones not seldom
+COMMONNESS = 2  # rank = size * u**COMMONNESS: the commonest words often, the rare ones not seldom
+SHORT_SHARE = 0.3
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 DOMAINS = ("com", "org", "net", "io", "co.uk", "fr", "de", "eu")
 CURRENCIES = ("$", "$", "£", "€")
@@ -34,8 +35,9 @@ class Writer:
         return self.random.choice(own(choices, self.split))
 
     def word(self, longest: int = 14) -> str:
-        pool = words(self.split)
+        """Draw a word of at most `longest` letters, in lower case; the short ones are as frequent in both splits."""
         while True:
+            pool = short_words() if longest < SHORTEST_UNIT or self.random.random() < SHORT_SHARE else words(self.split)
             word = pool[int(len(pool) * self.random.random() ** COMMONNESS)]
             if len(word) <= longest:
                 return word
@@ -100,12 +102,10 @@ class Writer:
         return self.own(lambda: self.random.choice(forms).format(self.digits(3), self.digits(3), self.digits(4)))
 
     def email(self) -> str:
-        at, dot = self.random.choice(("@", ".")), self.random.choice(DOMAINS)
-        return (
-            f"{self.word(8)}{self.random.choice('._-')}{self.word(6)}@{self.word(8)}.{dot}"
-            if at == "."
-            else (f"{self.word(10)}@{self.word(8)}.{dot}")
+        user = (
+            self.word(10) if self.random.random() < 0.5 else f"{self.word(8)}{self.random.choice('._-')}{self.word(6)}"
         )
+        return f"{user}@{self.word(8)}.{self.random.choice(DOMAINS)}"
 
     def url(self) -> str:
         return self.own(self._url)
@@ -127,7 +127,7 @@ class Writer:
         return self.own(self._noise)
 
     def _noise(self) -> str:
-        letters = self.random.choice((string.ascii_letters, string.ascii_letters + string.digits, ALL))
+        letters = self.random.choice((string.ascii_letters, string.ascii_letters + string.digits, CHARACTERS))
         return "".join(self.random.choices(letters, k=self.random.randint(1, 8)))
 
     def sentence(self) -> list[str]:
@@ -137,7 +137,7 @@ class Writer:
         for place in range(len(tokens) - 1):
             if self.random.random() < 0.08:
                 tokens[place] += self.random.choice(",,,;:")
-        tokens[-1] += self.random.choice(("." * 1, ".", ".", ".", "!", "?", "..."))
+        tokens[-1] += self.random.choice((".", ".", ".", ".", "!", "?", "..."))
         return tokens
 
     def _within_sentence(self) -> str:
@@ -150,6 +150,3 @@ class Writer:
     def quoted(self) -> str:
         left, right = self.random.choice(('""', "''", "()", "[]", "<>", "**"))
         return f"{left}{self.word()}{right}"
-
-
-ALL = "".join(chr(code) for code in range(33, 127)) + "£€°é"

@@ -1,0 +1,74 @@
+from random import Random
+
+import pytest
+
+from smolvlm.training.documents.content import Space, wrap, write
+from smolvlm.training.documents.options import KINDS, Split
+from smolvlm.training.documents.vocabulary import CHARACTERS, belongs, units
+from smolvlm.training.documents.writer import Writer
+
+WIDE = Space(columns=28, rows=10, chars=240)
+
+
+def text_of(kind: str, seed: int, split: Split, space: Space = WIDE) -> str:
+    return "\n".join(row.text for row in write(kind, Writer(Random(seed), split), space).rows)
+
+
+def test_no_unit_of_any_text_is_in_both_splits() -> None:
+    seen: dict[Split, set[str]] = {"train": set(), "held_out": set()}
+    for split, found in seen.items():
+        for kind in KINDS:
+            for seed in range(150):
+                found.update(units(text_of(kind, seed, split)))
+    assert not seen["train"] & seen["held_out"]
+    assert min(map(len, seen.values())) > 700
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("space", [WIDE, Space(8, 2, 12), Space(1, 1, 4), Space(60, 1, 30)])
+def test_texts_stay_within_their_space(kind: str, space: Space) -> None:
+    for seed in range(60):
+        lines = text_of(kind, seed, "held_out", space).split("\n")
+        assert 1 <= len(lines) <= space.rows
+        assert len("\n".join(lines)) <= space.chars
+        for line in lines:
+            assert line
+            assert line == " ".join(line.split())
+            assert len(line) <= space.columns
+            assert set(line) <= {*CHARACTERS, " "}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cells_stand_side_by_side(kind: str) -> None:
+    for seed in range(60):
+        for row in write(kind, Writer(Random(seed), "train"), WIDE).rows:
+            ends = [0.0, *(cell.end for cell in row.cells)]
+            assert all(end <= cell.start < cell.end <= 1 for end, cell in zip(ends, row.cells, strict=False))
+
+
+def test_what_a_receipt_adds_up_to_is_its_total() -> None:
+    sums = 0
+    for seed in range(100):
+        rows = write("receipt", Writer(Random(seed), "train"), Space(40, 14, 400)).rows
+        priced = [
+            row for row in rows if len(row.cells) == 2 and row.cells[1].text.lstrip("$£€").replace(".", "").isdigit()
+        ]
+        total = next(number for number, row in enumerate(priced) if row.is_heading)
+        prices = [float(row.cells[1].text.lstrip("$£€")) for row in priced]
+        sums += sum(prices[:total]) == pytest.approx(prices[total])
+    assert sums > 90  # a short order code looks like a price now and then
+
+
+def test_wrapping_keeps_order_and_leaves_out_what_is_too_long() -> None:
+    lines = wrap(["one", "two", "extraordinarily", "three four", "five"], Space(9, 3, 100))
+    assert lines == ["one two", "three", "four five"]
+    assert wrap(["one", "two", "three"], Space(9, 1, 100)) == ["one two"]
+    assert wrap(["one", "two", "three"], Space(9, 3, 7)) == ["one two"]
+    assert wrap(["extraordinarily"], Space(9, 3, 7)) == []
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_labels_belong_to_the_split(split: Split) -> None:
+    for kind in ("receipt", "form", "screenshot"):
+        for seed in range(100):
+            assert belongs(text_of(kind, seed, split), split)
