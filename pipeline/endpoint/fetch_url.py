@@ -44,7 +44,9 @@ class UrlFetcher:
             async with asyncio.timeout(self._timeout.total):
                 address = await _resolve(host, port)
                 return await self._get(URL.build(scheme=scheme, host=host, port=port).join(path), address)
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+        except ImageRefused:
+            raise
+        except (aiohttp.ClientError, OSError, TimeoutError, UnicodeError):
             raise ImageRefused("fetch_failed") from None
 
     def _parts(self, url: str) -> tuple[str, str, int, URL]:
@@ -122,6 +124,8 @@ def is_public(address: Address) -> bool:
         wrapped = address.ipv4_mapped or address.sixtofour or teredo or nat64
         if wrapped is not None:
             return is_public(wrapped)
+        if address.is_site_local:
+            return False
     return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
 
 

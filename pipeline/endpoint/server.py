@@ -4,6 +4,7 @@ import asyncio
 import socket
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -13,6 +14,7 @@ from pipeline.endpoint.options import Limits
 MAX_HEAD_BYTES = 16 << 10
 KEEP_ALIVE_S = 30
 BACKLOG = 512
+LINGER_S = 2.0  # for a client that is still sending what was refused: hung up on, it might never read why
 
 
 class HttpServer:
@@ -89,7 +91,9 @@ def _bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
             if self.cycle is not None and not self.cycle.response_complete:
                 self._forget()
             elif self._deadline is None:
-                self._deadline = self.loop.call_later(limits.header_timeout_s, self._give_up)
+                is_refused = self.conn.their_state is h11.SEND_BODY
+                seconds = LINGER_S if is_refused else limits.header_timeout_s
+                self._deadline = self.loop.call_later(seconds, self._give_up)
 
         def _forget(self) -> None:
             if self._deadline is not None:

@@ -22,6 +22,8 @@ from pipeline.engine_worker import EngineWorker
 from pipeline.prepare import decoder_options
 from smolvlm.processor import Processor
 
+DECODER_MEMORY_BYTES = 1 << 30
+
 
 class LocalEngines:
     """One worker of this process; `num_streams` are open now, `num_started` ever were."""
@@ -60,7 +62,8 @@ class Gateway:
 def running_gateway(options: EndpointOptions, client: EngineClient, key_file: Path | None = None) -> Iterator[Gateway]:
     """Serve on a free port until the block ends."""
     processor = Processor.from_pretrained(options.model.id)
-    decoders = DecoderPool(decoder_options(options.image, processor.config.image), options.decoders)
+    decoding = decoder_options(options.image, processor.config.image, DECODER_MEMORY_BYTES)
+    decoders = DecoderPool(decoding, options.decoders)
     service = ChatService(options, processor, decoders, client)
     app = create_app(service, ApiKeys.from_file(key_file) if key_file else None)
     bound = bind(options.host, 0)
