@@ -31,7 +31,7 @@ def digests(split: Split, seed: int, count: int) -> list[str]:
 
 
 def test_every_process_draws_the_same_bytes() -> None:
-    code = "import runpy, sys; names = runpy.run_path(sys.argv[1]); print(*names['digests']('train', 7, 24), sep='\\n')"
+    code = "import runpy, sys; names = runpy.run_path(sys.argv[1]); print(*names['digests']('train', 7, 16), sep='\\n')"
     environment = {"PYTHONHASHSEED": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, __file__], capture_output=True, text=True, check=True, env=environment
