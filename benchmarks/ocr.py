@@ -33,7 +33,7 @@ sys.path[0] = str(Path(__file__).parents[1])  # beside this file lies another `p
 
 from PIL import Image
 
-from jobs.generated import COLUMNS, LABELS, GeneratedDocuments, write_documents
+from jobs.generated import COLUMNS, LABELS, draw, write_documents
 from jobs.readings import Settings, read_documents
 from pipeline.job import Source
 from pipeline.labelled import LabelledSource
@@ -83,7 +83,7 @@ class Side:
 def written(folder: Path, split: str, seed: int, count: int, kinds: Iterable[str]) -> list[Document]:
     """Write documents as files and return them, unread."""
     options = DocumentOptions(kinds=dict.fromkeys(kinds, 1.0))
-    write_documents(GeneratedDocuments(split, seed, count, options), Location(str(folder)))
+    write_documents(draw(split, seed, count, options), Location(str(folder)))
     rows = [json.loads(line) for line in (folder / LABELS).read_text().split("\n")[:-1]]
     return [Document(folder / row["uri"], row["kind"], row["degraded"], row["text"]) for row in rows]
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.shortcuts import CAPTION, OCR, Options, one_task, with_options
+from jobs.shortcuts import CAPTION, OCR, Options, has_gpu, one_task, with_options
 from pipeline.errors import ConfigError, PipelineError
 
 OK, FAILED, WRONG_USE, TOO_MANY_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
@@ -171,7 +171,7 @@ def evaluate(
     prompt: Annotated[str, typer.Option(help="What the model is asked.")] = str(OCR["prompt"]),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = int(str(OCR["max_new_tokens"])),
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU where there is one.")] = None,
     endpoint_url: EndpointUrl = None,
     max_error_share: MaxErrorShare = 0.05,
     as_json: Json = False,
@@ -186,7 +186,8 @@ def evaluate(
 
         columns = (image_column, text_column, kind_column, degraded_column)
         data = Data(source, *columns, endpoint_url, documents, seed, limit)
-        settings = Settings(model, revision, dtype, device, prompt, max_new_tokens)
+        place = device or ("cuda" if has_gpu() else "cpu")
+        settings = Settings(model, revision, dtype, place, prompt, max_new_tokens)
         content = measure(data, settings, Location(output, endpoint_url), sys.stderr)
     print(summary_text(content) if sys.stdout.isatty() and not as_json else json.dumps(content))
     raise typer.Exit(TOO_MANY_ERRORS if len(content["errors"]) > max_error_share * content["documents"] else OK)
@@ -204,10 +205,10 @@ def documents(
 ) -> None:
     """Write built-in documents with their texts, for measuring other readers on what `evaluate` measures."""
     with _plain_errors("interrupted: labels.jsonl was not written"), _needs_extra("train"):
-        from jobs.generated import GeneratedDocuments, write_documents
+        from jobs.generated import draw, write_documents
         from pipeline.storage import Location
 
-        write_documents(GeneratedDocuments(split, seed, count), Location(output, endpoint_url))
+        write_documents(draw(split, seed, count), Location(output, endpoint_url))
 
 
 @app.command()

@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from PIL import Image
@@ -21,33 +22,37 @@ COLUMNS = LabelColumns(text="text", kind="kind", degraded="degraded")
 """What stands in `labels.jsonl`, for reading it as a labelled source."""
 
 
-class GeneratedDocuments:
-    """A sequence of labelled images, drawn when asked for: the same ones for the same split, seed and fonts."""
+@dataclass(frozen=True)
+class Drawn:
+    """Labelled images in memory, to be read like a labelled source."""
 
-    def __init__(self, split: str, seed: int, count: int, options: "DocumentOptions | None" = None) -> None:
-        """Raises ConfigError if the split is unknown."""
-        if split not in get_args(Split):
-            raise ConfigError(f"split {split!r} is unknown; it must be one of {', '.join(get_args(Split))}")
-        from smolvlm.training.documents import DocumentGenerator, DocumentOptions
-
-        self._generator = DocumentGenerator(split, seed, options or DocumentOptions())  # type: ignore[arg-type]
-        self._count = count
+    images: list[LabelledImage]
 
     def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> LabelledImage:
-        number = range(self._count)[index]
-        document = self._generator.document(number)
-        return LabelledImage(_name(number), _png(document.image), document.text, document.kind, document.degraded)
+        return len(self.images)
 
     def read(self, indices: Sequence[int]) -> list[LabelledImage]:
-        """Draw several documents."""
-        return [self[index] for index in indices]
+        """Return the images at `indices`."""
+        return [self.images[index] for index in indices]
 
 
-def write_documents(documents: GeneratedDocuments, output: Location) -> None:
-    """Store every document as a PNG and, last, `labels.jsonl` with `uri`, `text`, `kind` and `degraded` of each.
+def draw(split: str, seed: int, count: int, options: "DocumentOptions | None" = None) -> Iterator[LabelledImage]:
+    """Yield documents as PNGs, the same ones for the same split, seed, options and installed fonts.
+
+    Raises ConfigError if the split is unknown.
+    """
+    if split not in get_args(Split):
+        raise ConfigError(f"split {split!r} is unknown; it must be one of {', '.join(get_args(Split))}")
+    from smolvlm.training.documents import DocumentGenerator, DocumentOptions
+
+    generator = DocumentGenerator(split, seed, options or DocumentOptions())  # type: ignore[arg-type]
+    for index in range(count):
+        document = generator.document(index)
+        yield LabelledImage(f"{index:06}.png", _png(document.image), document.text, document.kind, document.degraded)
+
+
+def write_documents(documents: Iterable[LabelledImage], output: Location) -> None:
+    """Store every document under its name and, last, `labels.jsonl` with `uri`, `text`, `kind` and `degraded` of each.
 
     Raises ConfigError if there are labels already: pictures of two sets must not mix.
     """
@@ -55,16 +60,11 @@ def write_documents(documents: GeneratedDocuments, output: Location) -> None:
     if labels.info() is not None:
         raise ConfigError(f"{labels.uri} is there already; name another folder, or remove that one")
     lines = []
-    for index in range(len(documents)):
-        document = documents[index]
+    for document in documents:
         output.child(document.name).put(document.data)
         row = {"uri": document.name, "text": document.text, "kind": document.kind, "degraded": document.degraded}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     labels.put("".join(lines).encode())
-
-
-def _name(index: int) -> str:
-    return f"{index:06}.png"
 
 
 def _png(image: Image.Image) -> bytes:

@@ -57,7 +57,8 @@ class Reading:
 @dataclass(frozen=True)
 class Evaluation:
     """All documents of a run: readings and, for those that could not be read, errors. `digest` is of what was read:
-    SHA-256 of image bytes and texts, in order. `seconds` begin when the model is loaded."""
+    SHA-256 of image bytes and texts, in order. `seconds` are those of reading files, preparing and answering; the
+    model is loaded before."""
 
     readings: list[Reading]
     errors: list[RowError]
@@ -89,9 +90,13 @@ class _Reader:
     """Processor and engine of a checkpoint, reading images as they come and answering in their order."""
 
     def __init__(self, settings: Settings) -> None:
+        import torch
+
         from smolvlm import Engine, Processor, SamplingParams
         from smolvlm.engine import EngineLoop
 
+        if settings.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"device {settings.device}: PyTorch finds no CUDA device here; use cpu")
         try:
             self._params = SamplingParams(max_new_tokens=settings.max_new_tokens)
             self._processor = Processor.from_pretrained(settings.model, settings.revision)

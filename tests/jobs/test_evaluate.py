@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
@@ -25,7 +26,7 @@ from typer.testing import CliRunner, Result
 from jobs.cli import OK, TOO_MANY_ERRORS, WRONG_USE, app
 from jobs.evaluation_page import page, worst
 from jobs.evaluation_report import figures, summary_text
-from jobs.generated import GeneratedDocuments
+from jobs.generated import Drawn, draw
 from jobs.readings import Reading
 from pipeline.labelled import LabelledImage
 from pipeline.storage import Location
@@ -74,7 +75,7 @@ class TestDocuments:
 
     def test_files_and_labels_are_the_generator_s(self, documents: Path) -> None:
         rows = [json.loads(line) for line in (documents / "labels.jsonl").read_text().splitlines()]
-        expected = GeneratedDocuments("held_out", SEED, COUNT).read(range(COUNT))
+        expected = list(draw("held_out", SEED, COUNT))
         assert rows == [
             {"uri": each.name, "text": each.text, "kind": each.kind, "degraded": each.degraded} for each in expected
         ]
@@ -101,7 +102,7 @@ class TestReport:
 
     def test_predictions_are_the_engine_s(self, evaluated: Path, tiny_checkpoint: Path) -> None:
         _, predictions, _ = content(evaluated)
-        documents = GeneratedDocuments("held_out", SEED, COUNT).read(range(COUNT))
+        documents = list(draw("held_out", SEED, COUNT))
         processor, engine = Processor.from_pretrained(tiny_checkpoint), Engine.from_pretrained(tiny_checkpoint)
         asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Transcribe all text."}]}]
         inputs = [processor(asked, [decode_image(each.data).image]) for each in documents]
@@ -232,6 +233,12 @@ class TestBadInput:
         assert message in done.stderr
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+    def test_no_gpu(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        done = evaluate(tiny_checkpoint, tmp_path / "out", "--documents", 1, "--device", "cuda")
+        assert done.exit_code == WRONG_USE
+        assert "device cuda: PyTorch finds no CUDA device here; use cpu" in done.stderr
+
     def test_nothing_readable(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
         (tmp_path / "l.jsonl").write_text('{"uri": "a.png", "text": "x"}')
         done = evaluate(tiny_checkpoint, tmp_path / "out", "--source", tmp_path / "l.jsonl")
@@ -313,7 +320,7 @@ class TestPage:
         shown = worst([Reading(**each) for each in predictions])
         assert [image["alt"] for image in found.all("img")] == [reading.name for reading in shown]
         pictures = [base64.b64decode(str(image["src"]).partition(",")[2]) for image in found.all("img")]
-        originals = GeneratedDocuments("held_out", SEED, COUNT).read([reading.index for reading in shown])
+        originals = Drawn(list(draw("held_out", SEED, COUNT))).read([reading.index for reading in shown])
         for image, data, original in zip(found.all("img"), pictures, originals, strict=True):
             size = decode_image(data).image.size
             assert (str(size[0]), str(size[1])) == (image["width"], image["height"])
