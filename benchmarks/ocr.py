@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,11 @@ class TesseractSettings:
     thresholding: int = 0
 
 
-CHOICES: dict[str, tuple[int, ...]] = {"psm": (6, 3, 4, 7, 11), "scale": (2, 1, 3, 4), "thresholding": (0, 2)}
+CHOICES: dict[str, tuple[int, ...]] = {
+    "psm": (6, 3, 4, 7, 8, 11),
+    "scale": (2, 1, 3, 4),
+    "thresholding": (0, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -124,10 +129,14 @@ def _enlarged(file: Path, scale: int, folder: Path) -> Path:
 
 def tuned(documents: Sequence[Document]) -> TesseractSettings:
     """Return the settings that read `documents` best, found one setting after the other."""
+
+    @cache
+    def error(settings: TesseractSettings) -> float:
+        return figures(tesseract(documents, settings).documents).cer.value
+
     best = TesseractSettings()
     for name, values in CHOICES.items():
-        candidates = [replace(best, **{name: value}) for value in values]
-        best = min(candidates, key=lambda settings: figures(tesseract(documents, settings).documents).cer.value)
+        best = min((replace(best, **{name: value}) for value in values), key=error)
     return best
 
 
@@ -161,13 +170,16 @@ def _is_in(document: Document, kind: str, part: str) -> bool:
 
 
 def show(table: dict[str, dict[str, dict[str, Any]]]) -> None:
-    print(f"{'':22}{'documents':>10}{'CER % ours':>24}{'CER % Tesseract':>24}{'WER % ours':>12}{'Tesseract':>12}")
+    """Print the table: of each pair of columns, ours and then Tesseract's."""
+    headings = f"{'documents':>12}{'CER % ours':>22}{'Tesseract':>22}"
+    print(f"{'':14}{headings}{'WER % ours':>12}{'Tesseract':>10}{'exact % ours':>14}{'Tesseract':>10}")
     for kind, parts in table.items():
         for part, both in parts.items():
-            name = kind if part == "all" else f"  {part}"
-            cells = "".join(f"{_interval(both[side]['cer']):>24}" for side in ("ours", "tesseract"))
-            words = "".join(f"{100 * both[side]['wer']['value']:12.1f}" for side in ("ours", "tesseract"))
-            print(f"{name:22}{both['ours']['documents']:10}{cells}{words}")
+            sides = both["ours"], both["tesseract"]
+            cer = "".join(f"{_interval(side['cer']):>22}" for side in sides)
+            wer, exact = ([100 * side[name]["value"] for side in sides] for name in ("wer", "exact"))
+            others = f"{wer[0]:12.1f}{wer[1]:10.1f}{exact[0]:14.1f}{exact[1]:10.1f}"
+            print(f"{kind if part == 'all' else f'  {part}':14}{sides[0]['documents']:12}{cer}{others}")
 
 
 def _interval(rate: dict[str, float]) -> str:

@@ -8,6 +8,7 @@ stops a training before it starts; images are read when they are asked for.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
@@ -66,7 +67,8 @@ class LabelColumns:
 class LabelledSource:
     """A sequence of labelled images; index i is the same image in every process, as long as the source stays the same.
 
-    Random access reads a whole row group of a Parquet file for one image: keep those at about a hundred rows.
+    It may be pickled, with its texts, for processes that read images. Random access reads a whole row group of a
+    Parquet file for one image: keep those at about a hundred rows.
     """
 
     def __init__(self, source: Source, columns: LabelColumns = LabelColumns()) -> None:
@@ -74,10 +76,17 @@ class LabelledSource:
 
         Raises ConfigError: the source or a column does not exist, a file cannot be opened, a text is missing or empty.
         """
+        self._source = source
         self._table = _read_table(source, columns)
-        self._fetcher = Fetcher(source, ImageOptions().max_bytes)
         if not len(self):
             raise ConfigError(f"source {source.uri} holds no labelled images: it wants Parquet, a list, or tars")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_source": self._source, "_table": self._table}  # connections and threads stay in their process
+
+    @cached_property
+    def _fetcher(self) -> Fetcher:
+        return Fetcher(self._source, ImageOptions().max_bytes)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)

@@ -28,7 +28,8 @@ def test_both_read_the_same_files() -> None:
     assert overall["ours"]["documents"] == overall["tesseract"]["documents"] == 6
     assert overall["ours"]["characters"] == overall["tesseract"]["characters"] > 0
     assert report["ratio"] == pytest.approx(report["ours"] / report["peer"])
-    assert report["peer"] == overall["tesseract"]["cer"]["value"] < 0.9 < report["ours"]  # one reads, one is random
+    clean = report["kinds"]["overall"]["clean"]
+    assert clean["tesseract"]["cer"]["value"] < 0.3 < clean["ours"]["cer"]["value"]  # one reads, the other is random
     assert report["versions"]["tesseract"].startswith("tesseract 5")
     assert all(seconds > 0 for seconds in report["seconds_per_image"].values())
 

@@ -1,8 +1,10 @@
 """Labelled sources: the right text with the right bytes, in one order everywhere, and every bad label named."""
 
+import ast
 import csv
 import io
 import json
+import pickle
 import random
 import subprocess
 import sys
@@ -170,6 +172,19 @@ class TestContents:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == source.digest
+
+    @pytest.mark.parametrize("form", ["parquet", "jsonl"])
+    def test_it_travels_to_another_process_after_use(self, form: str, s3: str, tmp_path: Path) -> None:
+        source = LabelledSource(WRITERS[form](f"s3://test/labelled-travels-{form}", s3), ALL_COLUMNS)
+        assert values([source[4]]) == EXPECTED[4:5]
+        (tmp_path / "source.pickle").write_bytes(pickle.dumps(source))
+        code = (
+            "import pickle, sys; source = pickle.load(sys.stdin.buffer)\n"
+            "print([(image.data, image.text, image.kind, image.degraded) for image in source])"
+        )
+        with (tmp_path / "source.pickle").open("rb") as file:
+            done = subprocess.run([sys.executable, "-c", code], stdin=file, capture_output=True, text=True, check=True)
+        assert ast.literal_eval(done.stdout) == EXPECTED
 
     def test_the_digest_follows_names_and_labels_and_not_the_place(self, tmp_path: Path) -> None:
         def digest(folder: str, texts: list[str]) -> str:
