@@ -75,12 +75,16 @@ def _alone(plain: Engine, model_input: ModelInput, length: int = 12) -> list[int
     return plain.generate([model_input], replace(GREEDY, max_new_tokens=length))[0].token_ids
 
 
+@pytest.mark.parametrize("over", [0, 1, 7])
 def test_the_next_turn_computes_only_what_is_new(
-    engine: Engine, plain: Engine, work: Work, make_input: MakeInput, make_tiles: MakeTiles
+    engine: Engine, plain: Engine, work: Work, make_input: MakeInput, make_tiles: MakeTiles, over: int
 ) -> None:
-    """The image comes again as another object with equal pixels, and is not encoded again."""
-    first = _answer(engine, make_input(make_tiles(2, 3, seed=1)), length=40)
+    """The image comes again as another object with equal pixels, and is not encoded again. The answer ends so many
+    tokens behind a block: where none, its last token, which was never computed, keeps that block from being known."""
+    question = make_input(make_tiles(2, 3, seed=1))
+    first = _answer(engine, question, length=2 * BLOCK + over - len(question.prompt_token_ids) % BLOCK)
     tokens = first.prompt_token_ids + first.token_ids
+    assert len(tokens) % BLOCK == over
     assert (work.tiles, work.prompt_tokens) == (7, len(first.prompt_token_ids))
     turn = ModelInput([*tokens, 5, 6, 7, 8], [make_tiles(2, 3, seed=1)])
     second = _answer(engine, turn)
@@ -174,6 +178,21 @@ def test_a_full_cache_forgets_the_oldest(
         assert [_answer(engine, prompt).token_ids for prompt in prompts] == expected
     assert _answer(engine, prompts[-1]).num_cached > 0
     assert _answer(engine, prompts[0]).num_cached == 0
+
+
+def test_draws_do_not_depend_on_how_a_prompt_is_cut(
+    make_engine: MakeEngine, make_input: MakeInput, make_tiles: MakeTiles
+) -> None:
+    drawn = replace(GREEDY, temperature=0.9, seed=7)
+    prompt, answers = make_input(make_tiles(2, 3, seed=1), text="x" * 40), []
+    for max_num_tokens in (1000, 10):
+        engine = make_engine(max_num_tokens=max_num_tokens)
+        engine.add(make_input(text="Hi"), replace(GREEDY, max_new_tokens=100), ONLINE)
+        sequence = engine.add(prompt, drawn)
+        while engine.has_unfinished:
+            engine.step()
+        answers.append(sequence.token_ids)
+    assert answers[0] == answers[1] == engine.generate([prompt], drawn)[0].token_ids
 
 
 def test_without_caching_nothing_is_shared(plain: Engine, make_input: MakeInput) -> None:
