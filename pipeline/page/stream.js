@@ -11,7 +11,9 @@ class Problem extends Error {
 /** Call the server. Rejects with a Problem where it cannot be reached or refuses. */
 async function call(path, key, options = {}) {
   const headers = { ...(options.body && { "content-type": "application/json" }), ...(key && { authorization: `Bearer ${key}` }) };
-  const response = await fetch(path, { ...options, headers }).catch((error) => {
+  // Resolved here, since the page's own address may carry a user and a key, which fetch refuses.
+  const address = new URL(path, location.origin + location.pathname);
+  const response = await fetch(address, { ...options, headers }).catch((error) => {
     if (error.name === "AbortError") throw error;
     throw new Problem("The server does not answer. Is it still running?");
   });
@@ -20,7 +22,8 @@ async function call(path, key, options = {}) {
 }
 
 async function refusal(response) {
-  const said = (await response.json().catch(() => null))?.error?.message ?? response.statusText;
+  const message = (await response.json().catch(() => null))?.error?.message ?? response.statusText;
+  const said = message.replace(/^messages\.0\.content\.(\d+)\.image_url\.url: /, (_, place) => `Picture ${Number(place) + 1}: `);
   const wait = response.headers.get("retry-after");
   switch (response.status) {
     case 401: return new Problem("This server wants an API key: enter it under Settings.", 401);

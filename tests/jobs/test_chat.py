@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from local_gateway import LocalEngines, running_gateway
 from PIL import Image
 from scripted_endpoint import Endpoint, endpoint
 from typer.testing import CliRunner, Result
@@ -25,7 +26,10 @@ from jobs.chat_models import AnswerOptions, LocalModel, NoAnswer, Reply
 from jobs.chat_remote import RemoteModel, read_key
 from jobs.cli import app
 from jobs.terminal import completions, printable
+from pipeline.endpoint.options import EndpointOptions
+from pipeline.engine_worker import EngineWorker
 from pipeline.errors import ConfigError
+from pipeline.job import EngineOptions, Model
 from smolvlm.chat import Conversation, Picture
 
 SMOLVLM = Path(sys.executable).with_name("smolvlm")
@@ -400,6 +404,42 @@ def test_an_interrupted_local_answer_frees_the_engine(local: LocalModel) -> None
     again = local.answer(prompt, SHORT, lambda _: None)
     assert again.text.startswith(pieces[0])
     assert again.total_s < 5
+
+
+def test_the_gateway_answers_as_the_model_in_this_process_does(local: LocalModel, tiny_checkpoint: Path) -> None:
+    model = Model(str(tiny_checkpoint), dtype="float32")
+    worker = EngineWorker(model, EngineOptions(threads=1))
+    engines, conversation = LocalEngines(worker), Conversation(history=1, max_tiles=5)
+    with running_gateway(EndpointOptions(model), engines) as gateway:
+        remote = RemoteModel(gateway.url)
+        for question, shown in {
+            "What is this?": picture(),
+            "Which is red, {1} or {2}?": picture((60, 90), "red"),
+        }.items():
+            conversation.show(shown)
+            prompt = conversation.prompt(question)
+            here, there = (each.answer(prompt, SHORT, lambda _: None) for each in (local, remote))
+            assert (there.text, there.finish_reason) == (here.text, here.finish_reason)
+            assert (there.prompt_tokens, there.output_tokens, there.grids) == (
+                here.prompt_tokens,
+                here.output_tokens,
+                here.grids,
+            )
+            conversation.keep(question, here.text)
+
+        def interrupt(_: str) -> None:
+            raise KeyboardInterrupt
+
+        stopped = remote.answer(prompt, AnswerOptions(max_new_tokens=1500), interrupt)
+        assert (stopped.finish_reason, stopped.output_tokens) == ("aborted", 1)
+        deadline = time.monotonic() + 30
+        while engines.num_streams:
+            assert time.monotonic() < deadline, "the gateway goes on answering nobody"
+            time.sleep(0.02)
+        with pytest.raises(NoAnswer, match=r"refused \(400\)"):
+            remote.answer(conversation.prompt("long " * 2100), SHORT, lambda _: None)
+        remote.close()
+    worker.close()
 
 
 def test_a_conversation_too_long_is_said_with_its_remedy(local: LocalModel) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
 import pytest
+from local_gateway import LocalEngines, data_url, png, running_gateway
 from PIL import Image, ImageChops
 from scripted_endpoint import Endpoint, endpoint
 from selenium import webdriver
@@ -20,6 +22,9 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 from jobs.shortcuts import CAPTION, OCR
+from pipeline.endpoint.options import EndpointOptions
+from pipeline.engine_worker import EngineWorker
+from pipeline.job import EngineOptions, Model
 from pipeline.page import load_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -78,13 +83,13 @@ class Browser:
         return self.one(selector).text
 
     def wait_for(self, selector: str, text: str) -> None:
-        WebDriverWait(self.driver, 20, 0.02).until(
+        WebDriverWait(self.driver, 60, 0.02).until(
             lambda _: text in " ".join(each.text for each in self.all(selector)),
             f"{selector} never showed {text!r}",
         )
 
     def wait_until_answered(self) -> None:
-        WebDriverWait(self.driver, 20, 0.02).until(lambda _: self.all("article") and not self.all("[aria-busy]"))
+        WebDriverWait(self.driver, 60, 0.02).until(lambda _: self.all("article") and not self.all("[aria-busy]"))
 
     def costs(self) -> dict[str, str]:
         """The numbers under the newest answer by their names."""
@@ -134,9 +139,7 @@ def server() -> Iterator[Endpoint]:
 
 
 def picture(name: str = "cats.png", size: tuple[int, int] = (160, 120), color: str = "teal") -> Picture:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, color).save(buffer, "PNG")
-    return name, "image/png", base64.b64encode(buffer.getvalue()).decode()
+    return name, "image/png", base64.b64encode(png(*size, color)).decode()
 
 
 def content(request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -145,6 +148,18 @@ def content(request: dict[str, Any]) -> list[dict[str, Any]]:
     assert message["role"] == "user"
     parts: list[dict[str, Any]] = message["content"]
     return parts
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> Model:
+    return Model(str(tiny_checkpoint), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def engines(model: Model) -> Iterator[LocalEngines]:
+    worker = EngineWorker(model, EngineOptions(threads=1))
+    yield LocalEngines(worker)
+    worker.close()
 
 
 def test_one_document_with_a_policy_that_allows_itself_alone() -> None:
@@ -170,13 +185,14 @@ def test_a_dropped_picture_is_described_with_its_tiles(browser: Browser, server:
     browser.wait_for("#server", "SmolVLM-test")
     dropped = picture()
     browser.give(dropped)
+    browser.wait_for("figcaption", "160 × 120")
+    before = browser.screenshot()
     browser.click("#caption")
 
     browser.wait_for("article .text", "Two")  # streamed: the rest is still held back
     assert browser.text("article .text") == "Two"
     assert not browser.one("#tiles").is_displayed()
     assert browser.one("#stop").is_displayed()
-    before = browser.screenshot()
     server.gate.set()
     browser.wait_until_answered()
 
@@ -366,3 +382,52 @@ def test_it_fits_a_phone_in_light_and_dark(browser: Browser, server: Endpoint, s
     assert grey > 200 if scheme == "light" else grey < 50
     if "SCREENSHOTS" in os.environ:
         browser.screenshot().save(Path(os.environ["SCREENSHOTS"]) / f"phone_{scheme}.png")
+
+
+@needs_browser
+def test_with_the_real_gateway_the_answer_is_the_engines(browser: Browser, model: Model, engines: LocalEngines) -> None:
+    with running_gateway(EndpointOptions(model), engines) as gateway:
+        browser.open(gateway.url)
+        browser.wait_for("#server", model.id.rpartition("/")[2])
+        browser.click("summary")
+        browser.one("#limit").send_keys("12", Keys.ESCAPE)
+        browser.give(picture("wide.png", (120, 60)), picture("small.png", (20, 20)))
+        browser.one("#question").send_keys("What is this?", Keys.ENTER)
+        browser.wait_until_answered()
+        answer, costs = browser.text("article .text"), browser.costs()
+        content = [
+            {"type": "image_url", "image_url": {"url": data_url(png(*size, "teal"))}} for size in ((120, 60), (20, 20))
+        ]
+        content.append({"type": "text", "text": "What is this?"})
+        body = {"model": browser.text("#server"), "messages": [{"role": "user", "content": content}], "max_tokens": 12}
+        asked = httpx2.post(f"{gateway.url}/v1/chat/completions", json=body, timeout=60).json()
+        assert answer.split() == asked["choices"][0]["message"]["content"].split()
+        assert costs["tokens out"] == str(asked["usage"]["completion_tokens"])
+        assert costs["tiles"] == str(sum(grid["rows"] * grid["cols"] + 1 for grid in asked["smolvlm"]["tiles"]))
+        browser.click("[aria-label='Show picture 1, wide.png']")
+        assert len(browser.all("#tiles i")) == 8
+        assert "120 × 60" in browser.text("figcaption")
+        assert (browser.hosts(), browser.console()) == ({urlsplit(gateway.url).netloc}, [])
+
+        browser.give(("cut.png", "image/png", base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()))
+        browser.click("#caption")
+        browser.wait_for("article .note", "Picture 3: the image file is cut short")
+
+
+@needs_browser
+def test_a_gateway_with_keys_takes_the_one_that_the_browser_asked_for(
+    browser: Browser, model: Model, engines: LocalEngines, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("sk-0123456789abcdef\n")
+    with running_gateway(EndpointOptions(model), engines, keys) as gateway:
+        assert httpx2.get(gateway.url).status_code == 401
+        browser.open(gateway.url.replace("://", "://user:sk-0123456789abcdef@"))
+        browser.wait_for("#server", model.id.rpartition("/")[2])
+        browser.click("summary")
+        browser.one("#limit").send_keys("3", Keys.ESCAPE)
+        browser.give(picture())
+        browser.click("#caption")
+        browser.wait_until_answered()
+        assert browser.costs()["tokens out"] == "3"
+        assert browser.console() == []
