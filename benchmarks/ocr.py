@@ -235,7 +235,7 @@ def main() -> None:
             from smolvlm.scratch import create_checkpoint
 
             options.model, options.dtype = str(create_checkpoint(folder / "tiny", "tiny")), "float32"
-            options.documents, options.tune, options.kinds = 6, 2, ["word", "line"]
+            options.documents, options.tune, options.kinds = 6, 1, ["word", "line"]
         result = compare(folder, options)
     versions = {"tesseract": peer_version, **{name: version(name) for name in ("torch", "pillow", "rapidfuzz")}}
     machine = {"architecture": platform.machine(), "cpus": os.cpu_count(), "device": options.device}
