@@ -130,7 +130,7 @@ def _phrase(writer: Writer) -> list[str]:
 
 
 def paragraph(writer: Writer, space: Space) -> Content:
-    rows = writer.random.randint(min(3, space.rows), max(min(space.rows, 8), min(3, space.rows)))
+    rows = writer.random.randint(min(3, space.rows), min(space.rows, 8))
     tokens = [token for _ in range(rows) for token in writer.sentence()]
     lines = wrap(tokens, Space(space.columns, rows, space.chars)) or [_short(writer, space.columns)]
     align: Align = writer.random.choice(("left", "left", "left", "both", "both", "center", "right"))
@@ -150,28 +150,22 @@ TOTALS = ("TOTAL", "Total", "SUM", "Sum", "AMOUNT DUE", "Due", "TO PAY", "Balanc
 
 
 def receipt(writer: Writer, space: Space) -> Content:
-    head = [_shop(writer, space), *_receipt_details(writer, space)]
-    tail = _receipt_tail(writer, space)
-    count = max(1, min(space.rows - len(head) - 2, writer.random.randint(2, 7)))
+    fitting = min(space.rows, space.chars // (space.columns + 1)) - 2  # beside the shop and the total
+    items, total = _items(writer, max(1, min(fitting, writer.random.randint(2, 7))))
     currency = writer.random.choice(("", "", "$", "£", "€"))
-    items, total = _items(writer, count)
-    shown = [_pair(_item_name(writer, space, len(price)), currency + price, space) for price in items]
+    shown = [_pair(_item_name(writer, space, len(currency + price)), currency + price, space) for price in items]
     labels = [label for label in TOTALS if len(label) + len(currency + total) < space.columns] or ["SUM"]
-    label = writer.pick(*labels)
-    rows = [*head, *shown, _ruled(_pair(label, currency + total, space)), *tail]
-    return Content(tuple(_without_middle(rows, space)), writer.random.choice(("none", "dashes", "lines", "none")))
+    due = Row(_pair(writer.pick(*labels), currency + total, space).cells, is_heading=True, has_rule=True)
+    needed = [_shop(writer, space), *shown, due]
+    details, tail = _receipt_details(writer, space), _receipt_tail(writer, space)
+    while (details or tail) and not _fit([*needed, *details, *tail], space):
+        (tail or details).pop()
+    rows = [needed[0], *details, *needed[1:], *tail]
+    return Content(tuple(rows), writer.random.choice(("none", "dashes", "lines", "none")))
 
 
-def _without_middle(rows: list[Row], space: Space) -> list[Row]:
-    """Leave rows out after the first until all fit, so that a receipt keeps its shop and its total."""
-    kept = list(rows)
-    while len(kept) > 1 and (len(kept) > space.rows or sum(len(r.text) + 1 for r in kept) > space.chars + 1):
-        del kept[1 if len(kept) > 2 else 0]
-    return kept
-
-
-def _ruled(row: Row) -> Row:
-    return Row(row.cells, is_heading=True, has_rule=True)
+def _fit(rows: list[Row], space: Space) -> bool:
+    return len(rows) <= space.rows and sum(len(row.text) + 1 for row in rows) <= space.chars + 1
 
 
 def _shop(writer: Writer, space: Space) -> Row:
@@ -217,11 +211,12 @@ def _items(writer: Writer, count: int) -> tuple[list[str], str]:
 
 
 def _item_name(writer: Writer, space: Space, taken: int) -> str:
+    room = max(space.columns - taken - 2, 1)
     amount = writer.random.choice(("", "", f"{writer.random.randint(1, 9)} x ", f"{writer.random.randint(1, 5)} "))
-    room = max(space.columns - taken - 3 - len(amount), 3)
-    name = writer.word(min(room, 12))
-    if room - len(name) > 4 and writer.random.random() < 0.6:
-        name = f"{name} {writer.word(min(room - len(name) - 1, 10))}"
+    amount = amount if len(amount) + 6 < room else ""
+    name = writer.word(min(room - len(amount), 12))
+    if (left := room - len(amount) - len(name) - 1) > 2 and writer.random.random() < 0.6:
+        name = f"{name} {writer.word(min(left, 10))}"
     return amount + writer.random.choice((name.capitalize(), name, name.upper()))
 
 
@@ -237,14 +232,14 @@ def form(writer: Writer, space: Space) -> Content:
         lambda: (writer.pick("Job", "Title", "Type", "Class", "Use"), writer.title(1)),
     )
     mark = writer.random.choice((":", ":", "", "."))
-    chosen = [field() for field in writer.random.sample(fields, writer.random.randint(2, len(fields)))]
+    chosen = [field() for field in writer.random.sample(fields, len(fields))]
     width = max(len(label) for label, _ in chosen) + 2
     share = min(width / max(space.columns, width + 4), 0.5)
     rows = [
         Row((Cell(label + mark, "left", 0.0, share), Cell(value, "left", share, 1.0)), has_rule=True)
         for label, value in chosen
         if len(value) <= space.columns * (1 - share)
-    ]
+    ][: writer.random.randint(2, len(fields))]
     title = Row((Cell(writer.title(1, 10).upper(), "center"),), is_heading=True)
     return Content((title, *rows) if rows else (title,), writer.random.choice(("lines", "none", "frame", "dashes")))
 
@@ -253,7 +248,7 @@ def table(writer: Writer, space: Space) -> Content:
     count = min(writer.random.randint(2, 4), max(space.columns // 6, 1))
     room = max(space.columns // count - 1, 3)
     numeric = [bool(column) and writer.random.random() < 0.6 for column in range(count)]
-    rows = writer.random.randint(min(2, space.rows), max(min(space.rows, 8), min(2, space.rows)))
+    rows = writer.random.randint(min(3, space.rows), min(space.rows, 8))
 
     def cells(draw: Callable[[bool], str]) -> tuple[Cell, ...]:
         return tuple(
@@ -288,11 +283,9 @@ def sign(writer: Writer, space: Space) -> Content:
 
 def screenshot(writer: Writer, space: Space) -> Content:
     heading = Row((Cell(writer.title(1, min(space.columns, 12)), "left"),), is_heading=True, has_rule=True)
-    rows = [_entry(writer, space) for _ in range(writer.random.randint(1, max(1, min(space.rows - 1, 8))))]
-    return Content(
-        (heading, *(row for row in rows if len(row.text) <= space.columns)),
-        writer.random.choice(("none", "lines", "frame")),
-    )
+    rows = [_entry(writer, space) for _ in range(2 * space.rows)]
+    fitting = [row for row in rows if len(row.text) <= space.columns][: writer.random.randint(1, 8)]
+    return Content((heading, *fitting), writer.random.choice(("none", "lines", "frame")))
 
 
 def _entry(writer: Writer, space: Space) -> Row:

@@ -79,7 +79,7 @@ def place(content: Content, kind: Type, area: Rectangle, slack: tuple[float, flo
     runs: list[Run] = []
     boxes: list[Rectangle] = []
     for number, row in enumerate(content.rows):
-        baseline = area[1] + number * kind.pitch + kind.body.ascent + (kind.leading - 1) * kind.pitch / 2
+        baseline = area[1] + number * kind.pitch + kind.body.ascent + kind.pitch * (1 - 1 / kind.leading) / 2
         for cell in row.cells:
             boxes += [NOWHERE] * bool(boxes)
             stretch = _stretch(cell, kind, row, area)
