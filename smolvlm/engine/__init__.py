@@ -2,6 +2,7 @@
 
 engine          Engine: add, step, generate          loop       EngineLoop: a thread that steps, futures
 scheduler       what to do next                      runner     does it, on tensors
+admission       whose turn it is for memory          prefix     names of what pages hold
 sequence        one request                          images     images on their way through the encoder
 block_manager   pages of the cache                   stats      what it is doing, in numbers
 """

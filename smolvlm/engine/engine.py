@@ -87,12 +87,11 @@ class Engine:
             path: directory, or hub id together with `revision`.
             device: "cpu", "cuda" or "cuda:N". Threads on a CPU are the caller's choice (torch.set_num_threads).
             dtype: "float32", "bfloat16" or "float16".
-            max_num_sequences: answers generated together; default 16 on a CPU, 256 elsewhere. Online ones may be 4 more
-                on a CPU, 32 elsewhere.
+            max_num_sequences: answers generated together, default 16 on a CPU, 256 elsewhere; 4 or 32 more if online.
             max_num_tokens: prompt tokens per prefill; default 2,048 on a CPU, 16,384 elsewhere.
             tile_batch: tiles per encoder batch; default 1 on a CPU, 32 elsewhere.
             kv_cache_bytes: memory for keys and values, an eighth of it for online sequences alone once there are any;
-                default 1.14 GiB on a CPU, touched as needed, else most of what is free after loading.
+                default 8/7 GiB on a CPU, touched as needed, else most of what is free after loading.
             prefix_caching: compute equal beginnings of prompts once.
 
         Raises:
@@ -100,18 +99,14 @@ class Engine:
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-        place = torch.device(device)
-        on_cpu = place.type == "cpu"
+        place, kind = torch.device(device), DTYPES[dtype]
         given = {"max_num_sequences": max_num_sequences, "max_num_tokens": max_num_tokens, "tile_batch": tile_batch}
-        limits = replace(CPU_LIMITS if on_cpu else GPU_LIMITS, **{k: v for k, v in given.items() if v is not None})
-        model = SmolVLM.from_pretrained(resolve_checkpoint(str(path), revision), place, DTYPES[dtype])
-        if on_cpu and can_pack(DTYPES[dtype]):
-            pack_linears(model)
-        if kv_cache_bytes is None:
-            kv_cache_bytes = CPU_CACHE_BYTES if on_cpu else _free_bytes(place)
-        num_blocks = _num_blocks(model.config, kv_cache_bytes, limits, DTYPES[dtype])
+        limits = _limits(place, {name: value for name, value in given.items() if value is not None})
+        model = _load(resolve_checkpoint(str(path), revision), place, kind)
+        budget = _default_cache_bytes(place) if kv_cache_bytes is None else kv_cache_bytes
+        num_blocks = _num_blocks(model.config, budget, limits, kind)
         limits = replace(limits, online_blocks=num_blocks // ONLINE_SHARE)
-        cache = KVCache(model.config.text, num_blocks, BLOCK_SIZE, place, DTYPES[dtype])
+        cache = KVCache(model.config.text, num_blocks, BLOCK_SIZE, place, kind)
         return cls(model, cache, num_blocks, limits, place, prefix_caching)
 
     @property
@@ -255,6 +250,17 @@ def _check_tiles(model_input: ModelInput, config: ModelConfig) -> None:
         )
 
 
+def _limits(device: torch.device, given: dict[str, int]) -> Limits:
+    return replace(CPU_LIMITS if device.type == "cpu" else GPU_LIMITS, **given)
+
+
+def _load(directory: Path, device: torch.device, dtype: torch.dtype) -> SmolVLM:
+    model = SmolVLM.from_pretrained(directory, device, dtype)
+    if device.type == "cpu" and can_pack(dtype):
+        pack_linears(model)
+    return model
+
+
 def _num_blocks(config: ModelConfig, budget: int, limits: Limits, dtype: torch.dtype) -> int:
     """Blocks that the budget holds, but no more than all sequences at full context could ever fill."""
     block_bytes = KVCache.block_bytes(config.text, BLOCK_SIZE, dtype)
@@ -266,7 +272,9 @@ def _num_blocks(config: ModelConfig, budget: int, limits: Limits, dtype: torch.d
     return min(budget // block_bytes, num_sequences * -(-config.text.max_positions // BLOCK_SIZE))
 
 
-def _free_bytes(device: torch.device) -> int:
-    """What the key/value cache may take of a GPU: 85 % of what is free, less 2 GiB for activations."""
+def _default_cache_bytes(device: torch.device) -> int:
+    """What the key/value cache may take: of a GPU 85 % of what is free, less 2 GiB for activations."""
+    if device.type == "cpu":
+        return CPU_CACHE_BYTES
     free, _ = torch.cuda.mem_get_info(device)
     return max(0, int(0.85 * free) - 2 * GIB)
