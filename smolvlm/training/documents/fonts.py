@@ -89,7 +89,7 @@ def _glyph(path: Path, character: str) -> tuple[float, Rectangle]:
     return font.getlength(character), font.getbbox(character, anchor="ls")
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=256)
 def _font(path: Path, size: float) -> ImageFont.FreeTypeFont:
     """Open a font with the plain layout engine, so that no optional library matters."""
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
