@@ -28,6 +28,7 @@ EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)
 }
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 FINISH_REASONS = {"repetition": "length"}  # OpenAI's API has no word for an answer that went in circles
 
 
@@ -44,7 +45,7 @@ def create_app(service: ChatService, keys: ApiKeys | None) -> ASGIApp:
 
 
 def _add_completions(app: FastAPI, service: ChatService, metrics: Metrics) -> None:
-    @app.post("/v1/chat/completions", response_model=ChatCompletion)
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation; with `stream` as server-sent events."""
         answering = _stream if body.stream else _whole
