@@ -149,12 +149,16 @@ function dataUrl(file) {
   });
 }
 
+/** Switch between asking and answering. Nothing is disabled and focus moves along, so that the keyboard keeps its place. */
 function work(controller) {
   running = controller;
+  const focused = document.activeElement;
   document.body.classList.toggle("busy", !!controller);
-  for (const id of ["caption", "ocr", "send"]) $(id).disabled = !!controller;
+  for (const id of ["caption", "ocr"]) $(id).setAttribute("aria-disabled", !!controller);
   $("send").hidden = !!controller;
   $("stop").hidden = !controller;
+  if (focused === $("send")) $("stop").focus();
+  if (focused === $("stop")) $("send").focus();
 }
 
 /** One card: the question, its answer as it comes, what it cost. */
@@ -222,7 +226,7 @@ class Answer {
   costs() {
     const { usage, started, first, last } = this;
     const cached = usage?.prompt_tokens_details?.cached_tokens;
-    const rate = usage && last > first ? ((usage.completion_tokens - 1) / (last - first)) * 1000 : 0;
+    const rate = usage && last - first > 10 ? ((usage.completion_tokens - 1) / (last - first)) * 1000 : 0;
     return [
       [seconds(first - started), "first token"],
       [seconds(performance.now() - started), "in total"],

@@ -274,6 +274,16 @@ def test_it_is_used_with_the_keyboard_alone(browser: Browser, server: Endpoint, 
     browser.wait_until_answered()
     assert content(server.asked[0])[-1]["text"] == OCR["prompt"]
     assert server.asked[0]["max_tokens"] == 1024
+    assert browser.driver.switch_to.active_element.get_attribute("id") == "ocr"
+    server.gate.clear()
+    browser.one("#question").send_keys("Why?", Keys.TAB)
+    webdriver.ActionChains(browser.driver).send_keys(Keys.ENTER).perform()
+    browser.wait_for("article .text", "Two")
+    assert browser.driver.switch_to.active_element.get_attribute("id") == "stop"
+    webdriver.ActionChains(browser.driver).send_keys(Keys.ENTER).perform()
+    browser.wait_for("article .note", "Stopped.")
+    assert browser.driver.switch_to.active_element.get_attribute("id") == "send"
+    server.gate.set()
     browser.one("#toggle").send_keys(Keys.SPACE)
     assert not browser.one("#tiles").is_displayed()
 
@@ -314,7 +324,8 @@ def test_what_goes_wrong_is_said(browser: Browser, settings: dict[str, Any], sho
         browser.click("#caption")
         browser.wait_until_answered()
         assert shown in browser.text("article .note")
-        assert browser.one("#send").is_enabled()
+        assert browser.one("#send").is_displayed()
+        assert browser.one("#caption").get_attribute("aria-disabled") == "false"
 
 
 @needs_browser
