@@ -154,6 +154,31 @@ def chat(
 
 
 @app.command()
+def train(
+    training_file: Annotated[Path, typer.Argument(metavar="CONFIG.yaml")],
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for checkpoints and model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train or fine-tune a model as the file says; run it again to go on where it stopped."""
+    with _plain_errors("aborted: the last checkpoint stays; run the same command again to go on"):
+        with _needs_extra("train"):
+            from jobs import train as training
+            from jobs.training_file import load
+            from jobs.training_progress import display
+            from smolvlm.training.loop import TrainingDiverged
+        plan = load(training_file, output)
+        try:
+            with display(sys.stderr if as_json else sys.stdout) as shown:
+                summary = training.train(plan, shown)
+        except TrainingDiverged as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(FAILED) from None
+    human = sys.stdout.isatty() and not as_json
+    print(training.summary_text(summary) if human else json.dumps(training.summary_object(summary)))
+    raise typer.Exit(INTERRUPTED if summary.interrupted else OK)
+
+
+@app.command()
 def evaluate(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for the report; an earlier one goes.")],
     model: Annotated[str, typer.Option(help="Checkpoint directory, hub id, or `bundled`.")] = "bundled",

@@ -40,7 +40,7 @@ def read(path: Path) -> dict[str, Any]:
     """Return the mapping that the file at `path` holds. Raises ConfigError."""
     content = _parse(path, _read_text(path))
     if content is None:
-        raise ConfigError(f"{path}: the file is empty; a job needs name, source, output, model and tasks")
+        raise ConfigError(f"{path}: the file is empty; the examples show what belongs into one")
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: the top level is {_kind(content)}; a job file is a mapping of key: value pairs")
     return content

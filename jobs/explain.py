@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 
 _MAX_VALUE_CHARS = 80
 _SECRET = re.compile(
@@ -33,6 +34,11 @@ def validation_error(error: ValidationError, schema: Mapping[str, Any]) -> list[
     return [_line(item, schema) for item in items if item["type"] != "too_short" or not item["input"]]
 
 
+def refusal(key: str, error: PydanticCustomError) -> str:
+    """Return the line for what `checks.refuse` raised about the value at `key`."""
+    return _line({"loc": (key,), "type": error.type, "ctx": error.context}, {})
+
+
 def holds_secret(text: str) -> bool:
     """Whether `text` carries a credential: user:password@, a cloud key id or a signed URL."""
     return _SECRET.search(text) is not None
@@ -55,6 +61,8 @@ def _line(item: dict[str, Any], schema: Mapping[str, Any]) -> str:
     if kind == "job":
         path = _path((*location, context["key"])) if context["key"] else _path(location)
         return f"`{path}`: {_shown(context['value'])}: {context['remedy']}"
+    if kind == "value_error":
+        return f"`{_path(location)}`: {context['error']}"
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"`{_path(location)}`: unknown key; {_allowed(location, schema)}"
     if kind == "missing":
@@ -97,7 +105,8 @@ def _keys(location: Sequence[Any], schema: Mapping[str, Any]) -> list[str]:
 
 
 def _resolve(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    reference = node.get("$ref")
+    options = [option for option in node.get("anyOf", ()) if "$ref" in option]  # what may be left out: it or null
+    reference = node.get("$ref") or (options[0]["$ref"] if options else None)
     return schema["$defs"][reference.rpartition("/")[2]] if reference else node
 
 

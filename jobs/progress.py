@@ -83,7 +83,7 @@ class BarDisplay:
             completed=progress.done,
             rates=f"{progress.images_per_s:,.1f} images/s  {progress.tokens_per_s:,.0f} tokens/s",
             errors=f"[red]{progress.error:,} errors[/]" if progress.error else "0 errors",
-            left=f"{_duration(progress.eta_s)} left" if progress.eta_s is not None else "",
+            left=f"{duration(progress.eta_s)} left" if progress.eta_s is not None else "",
         )
 
     def say(self, message: str) -> None:
@@ -101,7 +101,7 @@ def summary_text(summary: Summary) -> str:
     state = "stopped early; run the same job again to finish it" if summary.interrupted else "finished"
     lines = [
         f"{state}: {summary.rows:,} rows of {summary.inputs:,} images ({summary.ok:,} ok, {summary.error:,} errors)",
-        f"{summary.images_per_s:,.2f} images/s, {summary.output_tokens:,} tokens in {_duration(summary.elapsed_s)}",
+        f"{summary.images_per_s:,.2f} images/s, {summary.output_tokens:,} tokens in {duration(summary.elapsed_s)}",
     ]
     if summary.resumed_rows:
         lines.append(f"{summary.resumed_rows:,} rows were there from an earlier run")
@@ -115,7 +115,7 @@ def _columns() -> tuple[Any, ...]:
     return (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *texts)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

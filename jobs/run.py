@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.run import Summary
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOPPING = "stopping: images under way are finished and committed; interrupt again to abort"
 
 
 def execute(job: Job, display: "Display", address: str | None = None) -> "Summary":
@@ -34,7 +35,7 @@ def execute(job: Job, display: "Display", address: str | None = None) -> "Summar
     check_destination(job)
     fetch_checkpoint(job.model)
     drain = threading.Event()
-    with ray_session(address), draining(drain, display.say):
+    with ray_session(address), draining(drain, display.say, _STOPPING):
         return run(job, on_progress=display, drain=drain)
 
 
@@ -78,14 +79,15 @@ def ray_session(address: str | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def draining(drain: threading.Event, say: Callable[[str], None]) -> Iterator[None]:
-    """Set `drain` on the first SIGINT or SIGTERM inside the block, raise KeyboardInterrupt on the second."""
+def draining(drain: threading.Event, say: Callable[[str], None], message: str = "") -> Iterator[None]:
+    """Set `drain` and say `message` on the first SIGINT or SIGTERM inside the block, raise KeyboardInterrupt on the
+    second."""
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if drain.is_set():
             raise KeyboardInterrupt
         drain.set()
-        say("stopping: images under way are finished and committed; interrupt again to abort")
+        say(message)
 
     before = {number: signal.signal(number, on_signal) for number in _SIGNALS}
     try:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from smolvlm.config import ImageConfig, VisionConfig
+from smolvlm.dense_attention import dense_attention
 
 
 class PatchEmbedding(nn.Module):
@@ -64,7 +64,7 @@ class VisionAttention(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         qkv = self.qkv(hidden).unflatten(-1, (3, self.num_heads, self.head_dim))  # [N, P, 3, heads, D]
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [N, heads, P, D] each
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = dense_attention(q, k, v)
         return self.output(attended.transpose(1, 2).flatten(2))
 
 

@@ -1,0 +1,37 @@
+"""Self-attention over whole sequences, for inference and training: [B, heads, T, D] → [B, heads, T, D]."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    """Attention without padding. q is [B, heads, T, D]; k and v may have fewer heads, each serving a group of q's.
+
+    torch's fused operator everywhere but where gradients flow on a CPU: its backward pass takes about twice the time of
+    the plain products there (measured: bfloat16, 16 tiles of 256 patches, 3 heads of 64: 25 against 11 ms).
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+        return _plain(q, *((_repeated(k, q), _repeated(v, q)) if grouped else (k, v)), is_causal)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=grouped)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)  # [B, heads, T, T]
+    if is_causal:
+        scores = scores.masked_fill(later_keys(q.shape[-2], q.device), -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def later_keys(num_tokens: int, device: torch.device) -> Tensor:
+    """bool [T, T]: True where a key comes after its query."""
+    return torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).triu(1)
+
+
+def _repeated(heads: Tensor, like: Tensor) -> Tensor:
+    return heads.repeat_interleave(like.shape[1] // heads.shape[1], dim=1)
