@@ -32,7 +32,7 @@ class EndpointSpec(BaseModel):
     port: Annotated[int, Interval(ge=1, le=65535)] = EndpointOptions.port
     api_key_file: str | None = None
     insecure: bool = False
-    allowed_image_hosts: tuple[str, ...] = ()
+    allowed_image_hosts: tuple[Annotated[str, AfterValidator(checks.image_host)], ...] = ()
     image: ImageOptions = Field(default_factory=lambda: ImageOptions(upscale=False, timeout_s=5.0))
     engine: Annotated[EngineOptions, AfterValidator(checks.own_engine)] = Field(default_factory=EngineOptions)
     gateways: Annotated[int, Gt(0)] = EndpointOptions.gateways

@@ -5,7 +5,6 @@ without a bound, reports failures with addresses in them, and costs a hop betwee
 watches, scales, drains and restarts both deployments.
 """
 
-import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -79,7 +78,6 @@ class Gateway:
         from pipeline.prepare import decoder_options
         from smolvlm.processor import Processor
 
-        logging.getLogger("smolvlm.endpoint").setLevel(logging.INFO)
         keys = ApiKeys.from_file(options.api_key_file) if options.api_key_file else None
         processor = Processor.from_pretrained(options.model.id, options.model.revision)
         decoding = decoder_options(options.image, processor.config.image, _DECODER_MEMORY_BYTES)

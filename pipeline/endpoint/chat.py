@@ -1,6 +1,7 @@
 """A chat request on its way: images to tiles, messages to tokens, engine events to text, text to OpenAI's objects."""
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -17,6 +18,8 @@ from pipeline.endpoint.options import EndpointOptions
 from pipeline.endpoint.text import AnswerText, TokenBytes, TokenLogprobs
 from smolvlm.image import ImagePolicy
 from smolvlm.processor import Processor
+
+logger = logging.getLogger("smolvlm.endpoint")
 
 
 @dataclass(frozen=True)
@@ -158,9 +161,11 @@ class ChatService:
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 events = await anext(batches, None)
-        except EngineUnavailable:
+        except EngineUnavailable as error:
+            logger.warning("%s: no engine: %s", chat.id, error.__cause__ or error)
             raise unavailable() from None
         except TimeoutError:
+            logger.warning("%s: no answer within its time", chat.id)
             raise _timed_out(chat) from None
         if chat.first_token is None:
             chat.first_token = time.monotonic()
