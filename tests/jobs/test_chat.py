@@ -2,8 +2,6 @@
 
 import base64
 import fcntl
-import io
-import json
 import os
 import pty
 import select
@@ -16,25 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_gateway import LocalEngines, running_gateway
 from PIL import Image
 from scripted_endpoint import Endpoint, endpoint
 from typer.testing import CliRunner, Result
 
 from jobs.chat import open_model, read_file, stats_text
-from jobs.chat_models import AnswerOptions, LocalModel, NoAnswer, Reply
-from jobs.chat_remote import RemoteModel, read_key
+from jobs.chat_models import NoAnswer, Reply
 from jobs.cli import app
-from jobs.terminal import completions, printable
-from pipeline.endpoint.options import EndpointOptions
-from pipeline.engine_worker import EngineWorker
-from pipeline.errors import ConfigError
-from pipeline.job import EngineOptions, Model
-from smolvlm.chat import Conversation, Picture
 
 SMOLVLM = Path(sys.executable).with_name("smolvlm")
 Script = Callable[..., Result]
-SHORT = AnswerOptions(max_new_tokens=8)
 
 
 @pytest.fixture
@@ -50,13 +39,6 @@ def pictures(tmp_path: Path) -> Path:
 def server() -> Iterator[Endpoint]:
     with endpoint() as served:
         yield served
-
-
-@pytest.fixture(scope="module")
-def local(tiny_checkpoint: Path) -> Iterator[LocalModel]:
-    model = LocalModel(str(tiny_checkpoint), None, "float32")
-    yield model
-    model.close()
 
 
 class Terminal:
@@ -126,12 +108,6 @@ def script(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
     return lambda text, *arguments: CliRunner().invoke(app, ["chat", *arguments], input=text)
 
 
-def picture(size: tuple[int, int] = (200, 150), color: str = "teal") -> Picture:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, color).save(buffer, "PNG")
-    return Picture.from_bytes("a.png", buffer.getvalue())
-
-
 def roles_and_kinds(request: dict[str, Any]) -> list[tuple[str, list[str] | str]]:
     """The messages of a request with images as `image`."""
     return [
@@ -159,7 +135,6 @@ def test_a_conversation_on_a_terminal(terminal: Any, server: Endpoint) -> None:
     server.gate.clear()
     chat.type("Which is larger?\n")
     chat.read_until("Two")  # streamed: the rest is held back
-    assert server.gate.is_set() is False
     server.gate.set()
     answer = chat.read_until("img> ")
     assert " cats & a <b>dog</b>." in answer
@@ -319,135 +294,6 @@ def test_mistakes_on_the_command_line_end_with_2(server: Endpoint, script: Scrip
         assert isinstance(done.exception, SystemExit)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"refuse": (429, "busy", {"retry-after": "5"})}, r"refused \(429\): busy; try again in 5 s"),
-        ({"refuse": (413, "too large", {})}, r"refused \(413\): too large; show smaller pictures"),
-        ({"break_off": True}, "the answer broke off"),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_an_endpoint_that_refuses_costs_one_question(settings: dict[str, Any], message: str) -> None:
-    with endpoint(**settings) as server:
-        model = RemoteModel(server.url)
-        prompt = Conversation().prompt("What?")
-        with pytest.raises(NoAnswer, match=message):
-            model.answer(prompt, SHORT, lambda _: None)
-        server.refuse, server.break_off = None, False
-        assert model.answer(prompt, SHORT, lambda _: None).text == "Two cats & a <b>dog</b>."
-        model.close()
-
-
-def test_what_is_not_an_endpoint_is_refused() -> None:
-    for models, message in {"[]": "does not speak OpenAI's API", '{"data": []}': "offers no model"}.items():
-        with endpoint(models=json.loads(models)) as server, pytest.raises(ConfigError, match=message):
-            RemoteModel(server.url)
-
-
-def test_a_server_that_dies_is_said() -> None:
-    with endpoint() as server:
-        model = RemoteModel(server.url)
-    with pytest.raises(NoAnswer, match="does not answer"):
-        model.answer(Conversation().prompt("What?"), SHORT, lambda _: None)
-    model.close()
-
-
-def test_a_local_answer_is_the_engines_and_comes_in_pieces(local: LocalModel, tiny_checkpoint: Path) -> None:
-    from smolvlm import Engine, Processor, SamplingParams
-
-    conversation, shown = Conversation(max_tiles=5), picture()
-    conversation.show(shown)
-    pieces: list[str] = []
-    reply = local.answer(conversation.prompt("What is this?"), SHORT, pieces.append)
-
-    processor = Processor.from_pretrained(tiny_checkpoint)
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
-    expected = processor(messages, [shown.image], longest_edge=64, upscale=False)
-    (done,) = Engine.from_pretrained(tiny_checkpoint).generate([expected], SamplingParams(max_new_tokens=8))
-    assert reply.text == processor.decode(done.token_ids).strip()
-    assert "".join(pieces) == reply.text
-    assert len(pieces) > 1
-    assert (reply.prompt_tokens, reply.output_tokens, reply.grids) == (done.prompt_tokens, 8, [(2, 2)])
-    assert reply.finish_reason == done.finish_reason
-
-
-def test_keys_and_values_stay_between_turns(local: LocalModel) -> None:
-    conversation = Conversation(history=1)
-    conversation.show(picture((128, 128), "gold"))
-    first = local.answer(conversation.prompt("What is this?"), SHORT, lambda _: None)
-    conversation.keep("What is this?", first.text)
-    second = local.answer(conversation.prompt("Really?"), SHORT, lambda _: None)
-    assert first.prompt_tokens is not None
-    assert (first.cached_tokens or 0) < 16  # nothing but the beginning that all prompts share
-    assert second.cached_tokens is not None
-    assert second.cached_tokens >= first.prompt_tokens - 16  # all of it but the last, unfinished block
-    conversation.keep("Really?", second.text)
-    third = local.answer(conversation.prompt("And now?"), SHORT, lambda _: None)  # the first answer is gone
-    assert third.cached_tokens is not None
-    assert third.cached_tokens >= 17 * 4 - 16  # the picture is at the front as before
-
-
-def test_an_interrupted_local_answer_frees_the_engine(local: LocalModel) -> None:
-    pieces: list[str] = []
-
-    def show(piece: str) -> None:
-        pieces.append(piece)
-        if len(pieces) == 3:
-            raise KeyboardInterrupt
-
-    prompt = Conversation().prompt("Tell me a long story.")
-    reply = local.answer(prompt, AnswerOptions(max_new_tokens=1500), show)
-    assert reply.finish_reason == "aborted"
-    assert reply.text.startswith("".join(pieces[:2]).strip())
-    assert 3 <= reply.output_tokens < 1500
-    again = local.answer(prompt, SHORT, lambda _: None)
-    assert again.text.startswith(pieces[0])
-    assert again.total_s < 5
-
-
-def test_the_gateway_answers_as_the_model_in_this_process_does(local: LocalModel, tiny_checkpoint: Path) -> None:
-    model = Model(str(tiny_checkpoint), dtype="float32")
-    worker = EngineWorker(model, EngineOptions(threads=1))
-    engines, conversation = LocalEngines(worker), Conversation(history=1, max_tiles=5)
-    with running_gateway(EndpointOptions(model), engines) as gateway:
-        remote, counts = RemoteModel(gateway.url), []
-        for question, shown in {
-            "What is this?": picture(),
-            "Which is red, {1} or {2}?": picture((60, 90), "red"),
-        }.items():
-            conversation.show(shown)
-            prompt = conversation.prompt(question)
-            here, there = (each.answer(prompt, SHORT, lambda _: None) for each in (local, remote))
-            assert (there.text, there.finish_reason) == (here.text, here.finish_reason)
-            assert (there.prompt_tokens, there.output_tokens) == (here.prompt_tokens, here.output_tokens)
-            assert there.grids == here.grids
-            conversation.keep(question, here.text)
-            counts.append((there.prompt_tokens, there.cached_tokens))
-        (first_prompt, _), (_, second_cached) = counts
-        assert second_cached >= first_prompt - 16  # the engine behind it keeps the conversation as well
-
-        def interrupt(_: str) -> None:
-            raise KeyboardInterrupt
-
-        stopped = remote.answer(prompt, AnswerOptions(max_new_tokens=1500), interrupt)
-        assert (stopped.finish_reason, stopped.output_tokens) == ("aborted", 1)
-        deadline = time.monotonic() + 30
-        while engines.num_streams:
-            assert time.monotonic() < deadline, "the gateway goes on answering nobody"
-            time.sleep(0.02)
-        with pytest.raises(NoAnswer, match=r"refused \(400\)"):
-            remote.answer(conversation.prompt("long " * 2100), SHORT, lambda _: None)
-        remote.close()
-    worker.close()
-
-
-def test_a_conversation_too_long_is_said_with_its_remedy(local: LocalModel) -> None:
-    conversation = Conversation()
-    with pytest.raises(NoAnswer, match="leave no room for an answer: /tiles and /history"):
-        local.answer(conversation.prompt("long " * 2100), SHORT, lambda _: None)
-
-
 def test_files_are_found_as_people_write_them(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = (pictures / "wide.png").read_bytes()
     monkeypatch.setenv("HOME", str(pictures))
@@ -486,17 +332,6 @@ def test_pictures_of_the_internet_are_fetched_if_allowed_and_inner_addresses_nev
     assert roles_and_kinds(server.asked[-1]) == [("user", ["image", "What?"])]
 
 
-def test_completions_are_what_lies_there(pictures: Path) -> None:
-    (pictures / "wild").mkdir()
-    assert completions(f"{pictures}/wi") == [f"{pictures}/wide.png", f"{pictures}/wild/"]
-    assert completions(f"{pictures}/wild/") == []
-    assert completions(f"{pictures}/none/x") == []
-
-
-def test_control_characters_never_reach_the_terminal() -> None:
-    assert printable("a\x1b[31mb\x07\x9bc\r\x00\x7f\td\né ✓") == "a[31mbc\td\né ✓"
-
-
 def test_numbers_are_left_out_where_they_are_not_known() -> None:
     stopped = Reply("x", "aborted", 1, 0.5, 0.75)
     assert stats_text(stopped) == "1 out · first after 0.50 s, all after 0.75 s"
@@ -507,16 +342,6 @@ def test_numbers_are_left_out_where_they_are_not_known() -> None:
         stats_text(whole)
         == "20 tokens in (16 kept from before) · 11 out · first after 1.00 s, all after 3.00 s, 5.0 tokens/s"
     )
-
-
-def test_keys_are_never_repeated_in_messages(tmp_path: Path) -> None:
-    file = tmp_path / "keys"
-    file.write_text("sha256:00ff\n")
-    with pytest.raises(ConfigError, match="holds no key") as refused:
-        read_key(file)
-    assert "00ff" not in str(refused.value)
-    file.write_text("\n# remark\n  sk-one  \nsk-two\n")
-    assert read_key(file) == "sk-one"
 
 
 def test_the_default_model_is_that_of_the_other_commands(monkeypatch: pytest.MonkeyPatch) -> None:
