@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 
+_IMAGE_HOST = re.compile(r"(\*\.)?[a-z0-9-]+(\.[a-z0-9-]+)+(:[0-9]{1,5})?", re.IGNORECASE)
+
+
+def _image_host(value: str) -> str:
+    if not _IMAGE_HOST.fullmatch(value):
+        checks.refuse("", value, "write a host, example.org or example.org:8443, or *.example.org for all below it")
+    return value
+
+
 class EndpointSpec(BaseModel):
     """The `args` of a Serve config, and what the command line comes to. Fields as in `EndpointOptions`."""
 
@@ -32,7 +42,7 @@ class EndpointSpec(BaseModel):
     port: Annotated[int, Interval(ge=1, le=65535)] = EndpointOptions.port
     api_key_file: str | None = None
     insecure: bool = False
-    allowed_image_hosts: tuple[Annotated[str, AfterValidator(checks.image_host)], ...] = ()
+    allowed_image_hosts: tuple[Annotated[str, AfterValidator(_image_host)], ...] = ()
     image: ImageOptions = Field(default_factory=lambda: ImageOptions(upscale=False, timeout_s=5.0))
     engine: Annotated[EngineOptions, AfterValidator(checks.own_engine)] = Field(default_factory=EngineOptions)
     gateways: Annotated[int, Gt(0)] = EndpointOptions.gateways
