@@ -8,17 +8,35 @@ live display and a summary, and anything else gets one JSON object a line on std
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from jobs import commands_cluster
+from jobs.command_line import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    TOO_MANY_ERRORS,
+    Address,
+    Destination,
+    Dtype,
+    EndpointUrl,
+    Gpus,
+    JobFile,
+    Json,
+    Limit,
+    MaxErrorShare,
+    ModelId,
+    Replicas,
+    Revision,
+    SourceUri,
+    needs_extra,
+    plain_errors,
+)
 from jobs.shortcuts import CAPTION, OCR, Options, has_gpu, one_task, with_options
-from pipeline.errors import ConfigError, PipelineError
-
-OK, FAILED, WRONG_USE, TOO_MANY_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,30 +45,10 @@ app = typer.Typer(
     help="SmolVLM over whole buckets: images in, Parquet out.",
 )
 
-Limit = Annotated[int | None, typer.Option(help="Take only the first N images of the source.")]
-ModelId = Annotated[str | None, typer.Option("--model", help="Checkpoint directory, hub id, or `bundled`.")]
-Revision = Annotated[str | None, typer.Option(help="Full commit id of the hub model.")]
-Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")]
-EndpointUrl = Annotated[str | None, typer.Option(help="S3 endpoint for source and output, for stores other than AWS.")]
-Gpus = Annotated[
-    float | None,
-    typer.Option(help="GPUs of each engine replica, 0: CPU. Without a job file 1 where an NVIDIA driver is found."),
-]
-Replicas = Annotated[tuple[int, int] | None, typer.Option(help="Smallest and largest number of engine replicas.")]
-Address = Annotated[
-    str | None, typer.Option(help="Ray cluster to use (host:port, ray://… or auto); none: this machine.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
-MaxErrorShare = Annotated[
-    float, typer.Option(min=0, max=1, help="Exit with 3 if a larger share of the rows are errors.")
-]
-Destination = Annotated[str, typer.Option("--output", "-o", help="Where the Parquet files go: any URL or a folder.")]
-SourceUri = Annotated[str, typer.Argument(metavar="SRC", help="Images, tars, Parquet or a list: any URL or path.")]
-
 
 @app.command()
 def run(
-    job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml")],
+    job_file: JobFile,
     limit: Limit = None,
     model: ModelId = None,
     revision: Revision = None,
@@ -66,7 +64,7 @@ def run(
     from jobs import documents
 
     options = Options(limit, model, revision, dtype, endpoint_url, gpus, replicas)
-    with _plain_errors():
+    with plain_errors():
         content = documents.read(job_file)
         _run(with_options(content, options), str(job_file), address, max_error_share, as_json)
 
@@ -87,7 +85,7 @@ def _one_task_command(task: Mapping[str, Any]) -> Callable[..., None]:
         as_json: Json = False,
     ) -> None:
         options = Options(limit, model, revision, dtype, endpoint_url, gpus, replicas)
-        with _plain_errors():
+        with plain_errors():
             content = with_options(one_task(task, source, output), options)
             _run(content, str(task["name"]), address, max_error_share, as_json)
 
@@ -107,7 +105,7 @@ def verify(
     """Check that every input of DEST has exactly one row; exit with 1 if not."""
     from jobs.verify import verify as check
 
-    with _plain_errors():
+    with plain_errors():
         report = check(destination, endpoint_url)
     print(json.dumps(report.to_json()) if as_json else report.to_text())
     raise typer.Exit(OK if report.passed else FAILED)
@@ -122,7 +120,7 @@ def demo(
     """Run the main job on a few drawn images, from a local S3 server to Parquet."""
     from jobs.demo import run_demo
 
-    with _plain_errors():
+    with plain_errors():
         run_demo(output)
 
 
@@ -146,7 +144,7 @@ def chat(
     from jobs.chat_models import AnswerOptions
     from smolvlm.chat import Conversation
 
-    with _plain_errors("interrupted"):
+    with plain_errors("interrupted"):
         answerer = open_model(model, revision, dtype, url, api_key_file)
         options = AnswerOptions(max_new_tokens, temperature, top_p, seed)
         passed = talk(answerer, Conversation(history, tiles), options, allow_urls)
@@ -160,8 +158,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train or fine-tune a model as the file says; run it again to go on where it stopped."""
-    with _plain_errors("aborted: the last checkpoint stays; run the same command again to go on"):
-        with _needs_extra("train"):
+    with plain_errors("aborted: the last checkpoint stays; run the same command again to go on"):
+        with needs_extra("train"):
             from jobs import train as training
             from jobs.training_file import load
             from jobs.training_progress import display
@@ -202,7 +200,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure how well a model reads labelled images: error rates by kind of document, and the worst cases."""
-    with _plain_errors("interrupted: no report was written"), _needs_extra("train"):
+    with plain_errors("interrupted: no report was written"), needs_extra("train"):
         from jobs.evaluate import Data
         from jobs.evaluate import evaluate as measure
         from jobs.evaluation_report import summary_text
@@ -229,7 +227,7 @@ def documents(
     endpoint_url: EndpointUrl = None,
 ) -> None:
     """Write built-in documents with their texts, for measuring other readers on what `evaluate` measures."""
-    with _plain_errors("interrupted: labels.jsonl was not written"), _needs_extra("train"):
+    with plain_errors("interrupted: labels.jsonl was not written"), needs_extra("train"):
         from jobs.generated import draw, write_documents
         from pipeline.storage import Location
 
@@ -257,7 +255,7 @@ def serve(
 
     options = Options(model=model, revision=revision, dtype=dtype, gpus=gpus, replicas=replicas)
     given = {"host": host, "port": port, "api_key_file": api_key_file, "allowed_image_hosts": allow_image_host}
-    with _plain_errors("aborted: requests under way were dropped"):
+    with plain_errors("aborted: requests under way were dropped"):
         content = endpoint.content_of(options, {**given, "insecure": insecure})
         wanted = endpoint.parse(content, "serve").to_options()
         endpoint.serve(
@@ -283,6 +281,9 @@ def schema() -> None:
     print(schema_text(), end="")
 
 
+commands_cluster.register(app)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()
@@ -302,28 +303,3 @@ def _run(content: Mapping[str, Any], origin: str, address: str | None, max_error
     if summary.interrupted:
         raise typer.Exit(INTERRUPTED)
     raise typer.Exit(TOO_MANY_ERRORS if summary.error > max_error_share * summary.rows else OK)
-
-
-@contextmanager
-def _plain_errors(
-    interrupted: str = "aborted: what was committed stays; run the same job again to finish it",
-) -> Iterator[None]:
-    """Turn what a user can cause into one message on stderr and its exit code."""
-    try:
-        yield
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(WRONG_USE) from None
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
-
-
-@contextmanager
-def _needs_extra(name: str) -> Iterator[None]:
-    """Say how to install what a command needs beyond the package's own dependencies."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        remedy = f"pip install -c constraints.txt -e '.[{name}]'"
-        raise ConfigError(f"this command needs the package {error.name}, which is not installed: {remedy}") from error

@@ -23,7 +23,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from jobs.cli import OK, TOO_MANY_ERRORS, WRONG_USE, app
+from jobs.cli import app
+from jobs.command_line import OK, TOO_MANY_ERRORS, WRONG_USE
 from jobs.evaluation_page import page, worst
 from jobs.evaluation_report import figures, summary_text
 from jobs.generated import Drawn, draw
