@@ -73,6 +73,11 @@ def test_pipeline_parts_stay_free_of_ray(name: str) -> None:
     assert "ray" not in roots(ROOT / "pipeline" / f"{name}.py")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "pipeline" / "endpoint").glob("*.py")), ids=lambda path: path.name)
+def test_the_endpoint_stays_free_of_ray_and_torch(path: Path) -> None:
+    assert not roots(path) & {"ray", "torch"}
+
+
 def test_the_check_sees_imports_inside_functions(tmp_path: Path) -> None:
     file = tmp_path / "late.py"
     file.write_text("def late():\n    from ray.data import Dataset\n    import jobs.cli\n")
@@ -87,6 +92,7 @@ def test_the_check_sees_imports_inside_functions(tmp_path: Path) -> None:
         ("pipeline.storage", {"torch", "transformers", "ray"}),
         ("jobs.cli", {"torch", "transformers", "ray"}),
         ("jobs.spec", {"torch", "transformers", "ray"}),
+        ("pipeline.endpoint.app", {"torch", "transformers", "ray"}),
     ],
 )
 def test_light_imports_stay_light(module: str, unwanted: set[str]) -> None:
