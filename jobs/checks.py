@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
@@ -12,7 +13,7 @@ import fsspec
 from pydantic_core import PydanticCustomError
 
 from jobs.explain import holds_secret
-from pipeline.job import EngineOptions, Model, Output, Source, Task
+from pipeline.job import EngineOptions, Limits, Model, Output, Source, Task
 from pipeline.records import FIXED_COLUMNS
 from smolvlm.hub import BUNDLED, COMMIT, HUB_ID
 
@@ -96,6 +97,18 @@ def engine(value: EngineOptions) -> EngineOptions:
     return value
 
 
+def limits(value: Limits) -> Limits:
+    """Return `value` if its time is one moment everywhere and its cost can be counted."""
+    if value.finish_by is not None and _moment(value.finish_by) is None:
+        remedy = "write date, time and zone in quotes or not, such as 2026-11-25T18:00:00+01:00 or 2026-11-25T17:00:00Z"
+        refuse("finish_by", value.finish_by, remedy)
+    if value.max_cost is not None and value.price_per_hour is None:
+        refuse("price_per_hour", None, "max_cost needs it: what one engine replica costs an hour, in the same currency")
+    if value.price_per_hour is not None and value.max_cost is None:
+        refuse("max_cost", None, "price_per_hour serves nothing else; add it, or leave both out")
+    return value
+
+
 def own_engine(value: EngineOptions) -> EngineOptions:
     """Return `value` if it fits an endpoint, which has engines of its own and no preparation of its own."""
     if value.mode != "dedicated":
@@ -175,6 +188,15 @@ def _check_task_name(key: str, name: str, seen: set[str]) -> None:
 def _check_range(key: str, bounds: tuple[int, int]) -> None:
     if bounds[0] > bounds[1]:
         refuse(key, list(bounds), f"the smallest number comes first: write [{bounds[1]}, {bounds[0]}]")
+
+
+def _moment(text: str) -> datetime | None:
+    """The moment that `text` names; None if it is not one, or another in every time zone."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else None
 
 
 def _scheme(uri: str) -> str | None:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from jobs import checks, documents, explain
 from pipeline.errors import ConfigError
-from pipeline.job import EngineOptions, ImageOptions, Job, Model, Output, Source, Task
+from pipeline.job import EngineOptions, ImageOptions, Job, Limits, Model, Output, Source, Task
 
 SCHEMA_PATH = Path(__file__).with_name("job.schema.json")
 
@@ -37,6 +37,7 @@ class JobSpec(BaseModel):
     engine: Annotated[EngineOptions, AfterValidator(checks.engine)] = Field(default_factory=EngineOptions)
     limit: Annotated[int, Gt(0)] | None = None
     seed: Annotated[int, Ge(0)] = 0
+    limits: Annotated[Limits, AfterValidator(checks.limits)] = Field(default_factory=Limits)
 
     def to_job(self) -> Job:
         """Return the job as the pipeline takes it."""

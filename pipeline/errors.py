@@ -5,6 +5,16 @@ from typing import Literal
 
 Stage = Literal["list", "read", "prepare", "generate"]
 
+CODES = frozenset(
+    {
+        *("archive_truncated", "archive_invalid", "duplicate_key", "parquet_invalid"),
+        *("not_found", "forbidden", "read_failed", "changed", "empty", "truncated", "too_many_bytes"),
+        *("not_an_image", "unsupported_format", "too_many_pixels", "decode_failed", "out_of_memory", "quarantined"),
+        "prompt_too_long",
+    }
+)
+"""Every `RowError.code` there is."""
+
 
 class PipelineError(Exception):
     """A job cannot go on. The message names the thing, its value and the remedy."""

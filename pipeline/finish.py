@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import ranges
-from pipeline.commit import Commit, data_directory, row_numbers, write_commit
+from pipeline.commit import Commit, committed_counts, data_directory, row_numbers, write_commit
 from pipeline.manifest import Manifest
 from pipeline.ranges import Ranges
-from pipeline.sink import committed_counts
 from pipeline.storage import Location
 
 _FILES_AT_ONCE = 8
@@ -75,7 +75,25 @@ def write_success(destination: Location, files: list[FileTotals], inputs: int, e
         "files": {file.name: {"rows": file.rows, "sha256": file.sha256} for file in files},
         "elapsed_s": round(elapsed_s, 3),
     }
-    destination.child("_SUCCESS.json").put(json.dumps(content, indent=1).encode())
+    _success(destination).put(json.dumps(content, indent=1).encode())
+
+
+def read_success(destination: Location) -> dict[str, Any] | None:
+    """Return what `_SUCCESS.json` says, None while there is none."""
+    try:
+        content: dict[str, Any] = json.loads(_success(destination).read())
+    except FileNotFoundError:
+        return None
+    return content
+
+
+def withdraw_success(destination: Location) -> None:
+    """Remove `_SUCCESS.json`: the files are about to change."""
+    _success(destination).delete()
+
+
+def _success(destination: Location) -> Location:
+    return destination.child("_SUCCESS.json")
 
 
 def errors_by_code(counts: Counter[str]) -> dict[str, int]:

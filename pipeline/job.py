@@ -91,6 +91,21 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Where a job stops cleanly, to go on with higher limits. All runs into one output count together."""
+
+    max_images: Annotated[int, Gt(0)] | None = None
+    """Rows that the output may hold."""
+    finish_by: str | None = None
+    """No image is begun after this time, e.g. 2026-11-25T18:00:00+01:00; those under way are finished."""
+    max_cost: Annotated[float, Gt(0)] | None = None
+    """No image is begun once this is spent; those under way are finished. Needs price_per_hour."""
+    price_per_hour: Annotated[float, Gt(0)] | None = None
+    """What one engine replica costs an hour, with its part of all other machines. A run costs this for each of the
+    most replicas that it may have, from its start to its end, whether they are up or not."""
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything that decides what is read, asked and written."""
 
@@ -103,11 +118,12 @@ class Job:
     engine: EngineOptions = field(default_factory=EngineOptions)
     limit: Annotated[int, Gt(0)] | None = None
     seed: int = 0
+    limits: Limits = field(default_factory=Limits)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what must not change between a run and its resume, as flat `key: value` pairs.
 
-        Sizes of pools, files and batches are left out: they change how a job runs, never what it writes.
+        Sizes of pools, files and batches, and limits, are left out: they change how a job runs, never what it writes.
         """
         content = {
             "schema_version": SCHEMA_VERSION,

@@ -9,6 +9,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,17 +21,23 @@ from pipeline.storage import Location
 
 HEARTBEAT_S = 10.0
 EXPIRY_S = 60.0
+_READS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease, and when it last said so (seconds since 1970)."""
+    """Who holds a lease, since when, and when it last said so (seconds since 1970).
+
+    `hourly_cost` is what an hour of its run costs, 0 where the job names no price.
+    """
 
     id: str
     host: str
     boot: str
     pid: int
+    started_at: float
     beat_at: float
+    hourly_cost: float = 0.0
     released: bool = False
 
     @property
@@ -43,8 +51,10 @@ class Holder:
 class Lease:
     """Context manager that holds `_lease/` of a destination. Raises LeaseHeld on entry if someone else does."""
 
-    def __init__(self, destination: Location) -> None:
+    def __init__(self, destination: Location, hourly_cost: float = 0.0) -> None:
         self._directory = destination.child("_lease")
+        self._hourly_cost = hourly_cost
+        self._started_at = time.time()
         self._id = uuid4().hex
         self._number = 0
         self._stop = threading.Event()
@@ -54,12 +64,12 @@ class Lease:
     def __enter__(self) -> "Lease":
         last = latest(self._directory)
         if last is not None:
-            holder = self._holder(last)
+            holder = _read(self._directory, last)
             if not holder.is_gone:
                 raise LeaseHeld(_held_message(self._directory, holder))
         self._number = (last or 0) + 1
         if not self._object(self._number).put_if_absent(self._content()):
-            holder = self._holder(self._number)
+            holder = _read(self._directory, self._number)
             if holder.id != self._id:  # ours, where the store's answer to the first attempt was lost
                 raise LeaseHeld(_held_message(self._directory, holder))
         self._thread.start()
@@ -83,6 +93,11 @@ class Lease:
         """Whether the heartbeat has found another driver in charge."""
         return self._lost.is_set()
 
+    def check(self) -> None:
+        """Raise LeaseLost if the heartbeat has found another driver in charge."""
+        if self.lost:
+            raise LeaseLost(f"{self._directory.uri}: another driver took over; see its output")
+
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
             try:
@@ -95,13 +110,11 @@ class Lease:
                 continue  # storage is away for the moment: the next beat tries again, and EXPIRY_S allows for some
 
     def _object(self, number: int) -> Location:
-        return self._directory.child(f"{number:06d}.json")
-
-    def _holder(self, number: int) -> Holder:
-        return Holder(**json.loads(self._object(number).read()))
+        return _object(self._directory, number)
 
     def _content(self, released: bool = False) -> bytes:
-        holder = Holder(self._id, socket.gethostname(), _boot_id(), os.getpid(), time.time(), released)
+        who = (self._id, socket.gethostname(), _boot_id(), os.getpid())
+        holder = Holder(*who, self._started_at, time.time(), self._hourly_cost, released)
         return json.dumps(asdict(holder)).encode()
 
 
@@ -123,11 +136,27 @@ class Fence:
 
 def latest(directory: Location) -> int | None:
     """Return the highest lease number, None if there is none."""
+    return max(_numbers(directory), default=None)
+
+
+def holders(destination: Location) -> list[Holder]:
+    """Return who has held the destination, in order: one for every run, the last of them perhaps still at it."""
+    directory = destination.child("_lease")
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        return list(pool.map(lambda number: _read(directory, number), sorted(_numbers(directory))))
+
+
+def _numbers(directory: Location) -> Iterator[int]:
     names = (info.uri.rpartition("/")[2] for info in directory.list())
-    return max(
-        (int(name.removesuffix(".json")) for name in names if name.endswith(".json") and not name.startswith(".")),
-        default=None,
-    )
+    return (int(name.removesuffix(".json")) for name in names if name.endswith(".json") and not name.startswith("."))
+
+
+def _object(directory: Location, number: int) -> Location:
+    return directory.child(f"{number:06d}.json")
+
+
+def _read(directory: Location, number: int) -> Holder:
+    return Holder(**json.loads(_object(directory, number).read()))
 
 
 def _held_message(directory: Location, holder: Holder) -> str:

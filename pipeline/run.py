@@ -13,16 +13,17 @@ from pipeline.claim import check_claim, claim, file_metadata
 from pipeline.commit import Commit, committed_rows, read_commits
 from pipeline.control import Control
 from pipeline.engine_worker import EngineWorker
-from pipeline.errors import ConfigError, LeaseLost, PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.execute import execute
 from pipeline.finish import errors_by_code, read_totals, resolve_overlaps, total_counts, write_success
 from pipeline.generate import Answerer, AnswererFactory
 from pipeline.job import Job
-from pipeline.lease import Fence, Lease
+from pipeline.lease import Fence, Lease, holders
+from pipeline.limits import Clock, check_deadline, hourly_cost, within_max_images
 from pipeline.manifest import Manifest, load_manifest, write_manifest
 from pipeline.progress import Progress, ProgressReporter
 from pipeline.records import output_schema
-from pipeline.resources import plan_resources
+from pipeline.resources import Resources, plan_resources
 from pipeline.sink import CommitSink
 from pipeline.source import Expand, InputBatch, manifest_tables
 from pipeline.storage import Location
@@ -34,7 +35,10 @@ _INDEX_TASKS_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did. Rows and errors are those of the destination, earlier runs included."""
+    """What a run did. Rows and errors are those of the destination, earlier runs included.
+
+    `stopped_by` names the limit that ended the run, if one did before all rows were there.
+    """
 
     inputs: int
     rows: int
@@ -48,6 +52,7 @@ class Summary:
     elapsed_s: float
     images_per_s: float
     interrupted: bool
+    stopped_by: str | None
     output_uri: str
 
 
@@ -68,25 +73,34 @@ def run(
     started = time.monotonic()
     destination = Location(job.output.uri, job.output.endpoint_url)
     check_destination(job)
-    image_config = ImageConfig.from_pretrained(resolve_checkpoint(job.model.id, job.model.revision))
-    resources = plan_resources(job, image_config, _endpoint_sequences(job))
+    check_deadline(job.limits)
+    resources = resources_for(job)
     check_claim(destination, job)
-    with Lease(destination) as lease:
+    with Lease(destination, hourly_cost(job)) as lease:
         claim(destination, job)
         manifest = load_manifest(destination) or _write_manifest(destination, job)
-        done = committed_rows(_disjoint_commits(destination, manifest))
-        pending = ranges.complement(done, manifest.rows)
+        done = committed_rows(disjoint_commits(destination, manifest))
+        pending = within_max_images(ranges.complement(done, manifest.rows), done, job.limits)
+        end = ranges.count(done) + ranges.count(pending)
         control = Control.create()
-        sink = _sink(job, destination, manifest, lease.fence, control)
-        with ProgressReporter(control, manifest.rows, ranges.count(done), on_progress, drain):
-            if len(pending):
-                execute(job, destination, manifest, pending, resources, sink, answerer_factory or _answerer, control)
-        if lease.lost:
-            raise LeaseLost(f"{destination.uri}: another driver took over; see its output")
-        return _finish(destination, manifest, control, ranges.count(done), time.monotonic() - started)
+        sink = sink_for(job, destination, manifest, manifest.rows, lease.fence, control)
+        clock = Clock(job, holders(destination), control.drain)
+        with ProgressReporter(control, end, ranges.count(done), on_progress, drain), clock:
+            if len(pending) and not clock.reached:
+                execute(job, destination, manifest, pending, resources, sink, answerer_factory or answerer_for, control)
+        lease.check()
+        elapsed_s = time.monotonic() - started
+        return _finish(destination, manifest, control, ranges.count(done), end, clock.reached, elapsed_s)
 
 
-def _answerer(job: Job) -> Answerer:
+def resources_for(job: Job) -> Resources:
+    """Return the sizes for the running cluster. Raises ConfigError where the job does not fit it."""
+    image_config = ImageConfig.from_pretrained(resolve_checkpoint(job.model.id, job.model.revision))
+    return plan_resources(job, image_config, _endpoint_sequences(job))
+
+
+def answerer_for(job: Job) -> Answerer:
+    """Return the engine that the job names."""
     if job.engine.mode == "dedicated":
         return EngineWorker.for_job(job)
     from pipeline.shared import SharedAnswerer  # Ray Serve is an extra that other jobs do without
@@ -113,12 +127,15 @@ def check_destination(job: Job) -> None:
         )
 
 
-def _sink(job: Job, destination: Location, manifest: Manifest, fence: Fence, control: Control) -> CommitSink:
+def sink_for(
+    job: Job, destination: Location, manifest: Manifest, rows: int, fence: Fence, control: Control
+) -> CommitSink:
+    """Return the sink of a run over `rows` rows."""
     return CommitSink(
         destination=destination,
         schema=output_schema(job.tasks),
         rows_per_shard=manifest.rows_per_shard,
-        rows_per_file=job.output.rows_per_file or _rows_per_file(manifest.rows),
+        rows_per_file=job.output.rows_per_file or _rows_per_file(rows),
         metadata=file_metadata(job),
         fence=fence,
         control=control,
@@ -153,7 +170,8 @@ def _resolved(tables: "ray.ObjectRef[list[pa.Table]] | list[pa.Table]") -> list[
     return tables if isinstance(tables, list) else ray.get(tables)
 
 
-def _disjoint_commits(destination: Location, manifest: Manifest) -> list[Commit]:
+def disjoint_commits(destination: Location, manifest: Manifest) -> list[Commit]:
+    """Return the commits of the destination, overlaps resolved."""
     return resolve_overlaps(destination, read_commits(destination, manifest.rows_per_shard), manifest)
 
 
@@ -163,19 +181,27 @@ def _rows_per_file(rows: int) -> int:
 
 
 def _finish(
-    destination: Location, manifest: Manifest, control: Control, resumed_rows: int, elapsed_s: float
+    destination: Location,
+    manifest: Manifest,
+    control: Control,
+    resumed_rows: int,
+    end: int,
+    limit: str | None,
+    elapsed_s: float,
 ) -> Summary:
-    commits = _disjoint_commits(destination, manifest)
+    commits = disjoint_commits(destination, manifest)
     rows = ranges.count(committed_rows(commits))
     counts = control.counts()
-    interrupted = control.is_draining() and rows < manifest.rows
-    if rows < manifest.rows and not interrupted:
+    is_whole = rows == manifest.rows
+    if rows == end:
+        limit = None if is_whole else "max_images"
+    elif not (limit or control.is_draining()):
         raise PipelineError(
             f"{destination.uri}: {manifest.rows - rows} of {manifest.rows} rows are missing. Run it again."
         )
     files = read_totals(destination, commits)
     totals = total_counts(files)
-    if not interrupted:
+    if is_whole:
         write_success(destination, files, manifest.rows, elapsed_s)
     return Summary(
         inputs=manifest.rows,
@@ -189,6 +215,7 @@ def _finish(
         tile_bytes=counts["tile_bytes"],
         elapsed_s=elapsed_s,
         images_per_s=(rows - resumed_rows) / elapsed_s,
-        interrupted=interrupted,
+        interrupted=not (is_whole or limit),
+        stopped_by=limit,
         output_uri=destination.uri,
     )

@@ -1,6 +1,5 @@
 """Ray Data's last stage: rows → one Parquet file a write task, which is the commit."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ from ray.data import Datasink
 from ray.data._internal.execution.interfaces import TaskContext
 from ray.data.block import Block, BlockAccessor
 
-from pipeline.commit import write_commit
+from pipeline.commit import committed_counts, write_commit
 from pipeline.control import Control
 from pipeline.lease import Fence
 from pipeline.storage import Location
@@ -42,10 +41,3 @@ class CommitSink(Datasink[None]):
     def min_rows_per_write(self) -> int:
         """Rows that Ray Data gathers before it calls `write`."""
         return self.rows_per_file
-
-
-def committed_counts(table: pa.Table) -> Counter[str]:
-    """Count rows by `ok` and `error`, and errors by `error.<code>`."""
-    statuses = table["status"].to_pylist()
-    codes = [error["code"] for error in table["error"].to_pylist() if error is not None]
-    return Counter(statuses) + Counter(f"error.{code}" for code in codes)

@@ -1,4 +1,4 @@
-"""Object storage through fsspec: stream listings, read ranges, put if absent. Every transient fault is retried here.
+"""Storage through fsspec: stream listings, read ranges, put if absent or unchanged. Every transient fault is retried.
 
 A `Location` is a URI with its endpoint. It pickles as those two strings, so workers open their own connections.
 """
@@ -154,10 +154,37 @@ class Location:
             raise
         return True
 
+    def replace(self, data: bytes, etag: str) -> bool:
+        """Write the object in one atomic step if it is still the version `etag`; return whether it holds `data` now.
+
+        S3 and compatible stores compare by themselves (`If-Match`). Elsewhere this call compares just before it writes,
+        so a second writer has to be kept out by other means.
+        """
+        if self.protocol not in ("s3", "s3a"):
+            found = self.info()
+            if found is None or found.etag != etag:
+                return False
+            self.put(data)
+            return True
+        try:
+            # A chunk as large as the data makes it one request: parts of an upload cannot carry the condition.
+            with_retries(lambda: self.fs.pipe_file(self.path, data, chunksize=len(data), IfMatch=f'"{etag}"'))
+        except Exception as error:
+            if _http_status(error) not in (404, 409, 412):
+                raise
+            return self._holds(data)  # it may, where the answer to a first attempt was lost
+        return True
+
     def delete(self) -> None:
         """Remove the object; it is no error if it is gone."""
         with contextlib.suppress(FileNotFoundError):
             with_retries(lambda: self.fs.rm_file(self.path))
+
+    def _holds(self, data: bytes) -> bool:
+        try:
+            return self.read() == data
+        except FileNotFoundError:
+            return False
 
 
 def with_retries(call: Callable[[], T]) -> T:

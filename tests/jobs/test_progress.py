@@ -43,6 +43,7 @@ def summary(**changes: Any) -> Summary:
         "elapsed_s": 3700.0,
         "images_per_s": 0.25,
         "interrupted": False,
+        "stopped_by": None,
         "output_uri": "s3://bucket/out",
     }
     return Summary(**{**values, **changes})
@@ -91,3 +92,4 @@ def test_the_summary_for_people_and_for_programs() -> None:
         "output: s3://bucket/out",
     ]
     assert "stopped early" in summary_text(summary(interrupted=True))
+    assert "stopped at limits.max_cost; raise it" in summary_text(summary(stopped_by="max_cost"))

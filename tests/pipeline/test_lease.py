@@ -35,6 +35,7 @@ def put_holder(destination: Location, number: int, **changes: Any) -> None:
         "host": "elsewhere",
         "boot": "another boot",
         "pid": 1,
+        "started_at": time.time() - 100,
         "beat_at": time.time(),
         "released": False,
     }
