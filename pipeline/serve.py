@@ -107,6 +107,7 @@ class ServeEngines:
     async def stream(self, request: EngineRequest) -> AsyncGenerator[list[Event]]:
         """Send the request to the replica with the shortest queue."""
         response: Any = self._streams.stream.remote(request)
+        del request  # its tiles are on their way
         try:
             async for events in response:
                 yield events

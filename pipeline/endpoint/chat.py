@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.endpoint.api import ChatRequest
+from pipeline.endpoint.budget import Take
 from pipeline.endpoint.client import EngineClient, EngineRequest, EngineUnavailable, Event, Finished, Refused, TokenOut
 from pipeline.endpoint.errors import ApiError, image_error, unavailable
 from pipeline.endpoint.fetch_url import UrlFetcher
@@ -34,11 +35,11 @@ class Piece:
 
 @dataclass
 class Chat:
-    """One request under way, and what there is to say about it in the end."""
+    """One request under way, and what there is to say about it in the end. The tiles are the engine's by then."""
 
     request: ChatRequest
-    engine_request: EngineRequest
-    images: list[SplitImage]
+    grids: list[dict[str, int]]
+    num_prompt_tokens: int
     started: float
     prepared: float
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
@@ -50,25 +51,30 @@ class Chat:
     finish_reasons: dict[int, str] = field(default_factory=dict)
 
     @property
+    def num_choices(self) -> int:
+        """Answers that were asked for."""
+        return self.request.n or 1
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all answers have ended."""
+        return len(self.finish_reasons) == self.num_choices
+
+    @property
     def usage(self) -> dict[str, Any]:
         """Tokens; image tokens are prompt tokens, and cached are those that an earlier prompt had in common."""
-        prompt = len(self.engine_request.model_input.prompt_token_ids)
-        done = self.num_output_tokens
+        prompt, done = self.num_prompt_tokens, self.num_output_tokens
         counts = {"prompt_tokens": prompt, "completion_tokens": done, "total_tokens": prompt + done}
         return {**counts, "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens}}
 
     @property
     def own(self) -> dict[str, Any]:
         """The `smolvlm` object of the answer."""
-        tiles = [
-            {"rows": image.tiles.rows, "cols": image.tiles.cols, "width": image.width, "height": image.height}
-            for image in self.images
-        ]
         moments = {"prepare_s": self.prepared, "first_token_s": self.first_token or 0.0, "total_s": time.monotonic()}
         timings = {name: round(max(0.0, moment - self.started), 6) for name, moment in moments.items()}
         reasons = [reason for _, reason in sorted(self.finish_reasons.items())]
         return {
-            "tiles": tiles,
+            "tiles": self.grids,
             "finish_reasons": reasons,
             "timings": {**timings, "engine_s": round(self.engine_s, 6)},
         }
@@ -89,11 +95,11 @@ class ChatService:
         self._policy = ImagePolicy(image.longest_edge, image.upscale, image.splitting)
         self._fetcher = UrlFetcher(options.allowed_image_hosts, image.max_bytes, image.timeout_s)
 
-    async def prepare(self, request: ChatRequest) -> Chat:
+    async def prepare(self, request: ChatRequest, take_tiles: Take) -> tuple[Chat, EngineRequest]:
         """Make the engine's request of a client's. Raises ApiError for what this endpoint does not take."""
         started = time.monotonic()
         _check(request, self.options)
-        images = await self._split(request)
+        images = await self._split(request, take_tiles)
         tiles = [image.tiles for image in images]
         model_input = await asyncio.to_thread(self._processor.from_tiles, request.turns(), tiles)
         if len(model_input.prompt_token_ids) >= self._processor.config.text.max_positions:
@@ -107,23 +113,26 @@ class ChatService:
             seed=request.seed,
             top_logprobs=request.top_logprobs or 0,
         )
-        return Chat(request, engine_request, images, started, time.monotonic())
+        grids = [_grid(image) for image in images]
+        return Chat(request, grids, len(model_input.prompt_token_ids), started, time.monotonic()), engine_request
 
-    async def answer(self, chat: Chat) -> AsyncGenerator[Piece]:
+    async def answer(self, chat: Chat, engine_request: EngineRequest) -> AsyncGenerator[Piece]:
         """Give the answer in pieces as it comes. Raises ApiError; closing it frees the engine."""
-        texts = [AnswerText(self.token_bytes, chat.request.stop_strings) for _ in range(chat.engine_request.n)]
-        async with aclosing(self._events(chat)) as events:
+        texts = [AnswerText(self.token_bytes, chat.request.stop_strings) for _ in range(chat.num_choices)]
+        batches = self.client.stream(engine_request)
+        del engine_request  # an answer takes a while, and this held its tiles
+        async with aclosing(batches), aclosing(self._events(chat, batches)) as events:
             async for event in events:
                 if isinstance(event, Refused):
                     raise _too_long()
                 piece = _piece(chat, texts[event.choice], event)
                 if piece is not None:
                     yield piece
-                if len(chat.finish_reasons) == len(texts):
+                if chat.is_finished:
                     return
         raise unavailable()  # the engine's events ended before the answer did
 
-    async def _split(self, request: ChatRequest) -> list[SplitImage]:
+    async def _split(self, request: ChatRequest, take_tiles: Take) -> list[SplitImage]:
         images: list[SplitImage] = []
         room = self.options.limits.max_tiles
         for place, image in request.images:
@@ -133,6 +142,7 @@ class ChatService:
                 images.append(await self._decoders.split(data, policy))
             except ImageRefused as refused:
                 raise image_error(refused.code, place) from None
+            take_tiles(len(images[-1].tiles.pixels))
             room -= len(images[-1].tiles.pixels)
             if room < 0:
                 raise ApiError(
@@ -146,11 +156,10 @@ class ChatService:
             return data_url_bytes(url, self._decoders.max_bytes)
         return await self._fetcher.fetch(url)
 
-    async def _events(self, chat: Chat) -> AsyncGenerator[Event]:
-        async with aclosing(self.client.stream(chat.engine_request)) as batches:
-            while (events := await self._next(batches, chat)) is not None:
-                for event in events:
-                    yield event
+    async def _events(self, chat: Chat, batches: AsyncGenerator[list[Event]]) -> AsyncGenerator[Event]:
+        while (events := await self._next(batches, chat)) is not None:
+            for event in events:
+                yield event
 
     async def _next(self, batches: AsyncGenerator[list[Event]], chat: Chat) -> list[Event] | None:
         """The next events, None after the last, within the time that the request has."""
@@ -170,6 +179,10 @@ class ChatService:
         if chat.first_token is None:
             chat.first_token = time.monotonic()
         return events
+
+
+def _grid(image: SplitImage) -> dict[str, int]:
+    return {"rows": image.tiles.rows, "cols": image.tiles.cols, "width": image.width, "height": image.height}
 
 
 def _piece(chat: Chat, text: AnswerText, event: TokenOut | Finished) -> Piece | None:

@@ -10,7 +10,8 @@ import uuid
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.endpoint.errors import ApiError, internal_error, overloaded
+from pipeline.endpoint.budget import Budget, Take
+from pipeline.endpoint.errors import ApiError, internal_error
 from pipeline.endpoint.keys import ApiKeys
 from pipeline.endpoint.metrics import Metrics
 from pipeline.endpoint.options import Limits
@@ -30,8 +31,9 @@ class Guard:
     def __init__(self, app: ASGIApp, keys: ApiKeys | None, local_only: bool, limits: Limits, metrics: Metrics) -> None:
         self._app, self._keys, self._local_only = app, keys, local_only
         self._limits, self._metrics = limits, metrics
-        self._in_flight = 0
-        self._body_bytes = 0
+        self._places = Budget(limits.max_requests)
+        self._body_bytes = Budget(limits.max_total_body_bytes)
+        self._tiles = Budget(limits.max_total_tiles)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -59,15 +61,11 @@ class Guard:
             await self._app(scope, _without_body(receive), send)
             return
         self._check_announced(headers)
-        if self._in_flight >= self._limits.max_requests:
-            raise overloaded()
-        self._in_flight += 1
-        self._metrics.in_flight.set(self._in_flight)
-        try:
-            await self._with_body(scope, receive, send)
-        finally:
-            self._in_flight -= 1
-            self._metrics.in_flight.set(self._in_flight)
+        with self._places.share() as take_places, self._body_bytes.share() as take_bytes, self._tiles.share() as take:
+            take_places(1)
+            scope["state"]["take_tiles"] = take
+            with self._metrics.in_flight.track_inprogress():
+                await self._with_body(scope, receive, send, take_bytes)
 
     def _check_caller(self, scope: Scope, headers: Headers) -> None:
         if scope["path"] in OPEN_PATHS:
@@ -92,42 +90,37 @@ class Guard:
     def _too_large(self) -> ApiError:
         return ApiError(413, "body_too_large", f"the body has more than {self._limits.max_body_bytes} bytes")
 
-    async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = bytearray()
+    async def _with_body(self, scope: Scope, receive: Receive, send: Send, take_bytes: Take) -> None:
+        body = await self._read(receive, take_bytes)
+        if body is None:
+            self._metrics.disconnects.inc()
+            return
         try:
-            if not await self._read(receive, body):
-                self._metrics.disconnects.inc()
-                return
             with self._metrics.latency.time():
                 async with asyncio.timeout(self._limits.request_timeout_s + SLOW_READER_S):
-                    await self._app(scope, _replay(bytes(body), receive), send)
+                    await self._app(scope, _replay(body, receive), send)
         except TimeoutError:
             raise ApiError(504, "timeout", "the answer took too long") from None
-        finally:
-            self._body_bytes -= len(body)
 
-    async def _read(self, receive: Receive, body: bytearray) -> bool:
-        """Gather the body within its time; False if the client leaves meanwhile."""
+    async def _read(self, receive: Receive, take_bytes: Take) -> bytes | None:
+        """Gather the body within its time; None if the client leaves meanwhile."""
+        body = bytearray()
         try:
             async with asyncio.timeout(self._limits.body_timeout_s):
                 more = True
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return False
-                    self._take(message.get("body", b""), body)
+                        return None
+                    chunk = message.get("body", b"")
+                    take_bytes(len(chunk))
+                    body += chunk
+                    if len(body) > self._limits.max_body_bytes:
+                        raise self._too_large()
                     more = message.get("more_body", False)
         except TimeoutError:
             raise ApiError(408, "body_timeout", "the body took too long to arrive") from None
-        return True
-
-    def _take(self, chunk: bytes, body: bytearray) -> None:
-        body += chunk
-        self._body_bytes += len(chunk)
-        if len(body) > self._limits.max_body_bytes:
-            raise self._too_large()
-        if self._body_bytes > self._limits.max_total_body_bytes:
-            raise overloaded()
+        return bytes(body)
 
 
 class _Reply:

@@ -25,6 +25,8 @@ class Limits:
     max_images: Annotated[int, Ge(0)] = 16
     max_tiles: Annotated[int, Gt(0)] = 68
     """Of all images of a request together."""
+    max_total_tiles: Annotated[int, Gt(0)] = 2048
+    """Of all requests under way together; more are answered 429. A tile of 512 × 512 pixels holds 768 KiB."""
     max_text_chars: Annotated[int, Gt(0)] = 65_536
     max_output_tokens: Annotated[int, Gt(0)] = 4096
     default_output_tokens: Annotated[int, Gt(0)] = 1024

@@ -160,6 +160,29 @@ def test_bodies_under_way_are_counted_together(model: Model, stuck: StuckEngines
         asyncio.run(flood(gateway))
 
 
+def test_tiles_under_way_are_counted_together(model: Model, stuck: StuckEngines) -> None:
+    part = {"type": "image_url", "image_url": {"url": data_url(png(64, 64))}}  # 2 × 2 tiles and the whole
+    three = question(model, messages=[{"role": "user", "content": [part] * 3}])
+    one = question(model, messages=[{"role": "user", "content": [part]}])
+
+    async def flood(gateway: Gateway) -> None:
+        async with httpx2.AsyncClient(base_url=gateway.url, timeout=30) as client:
+            first = asyncio.ensure_future(client.post(CHAT, json=three))
+            while not stuck.open:
+                await asyncio.sleep(0.005)
+            for _ in range(3):  # what a refused request had taken is given back
+                assert (await client.post(CHAT, json=three)).status_code == 429
+            second = asyncio.ensure_future(client.post(CHAT, json=one))
+            while stuck.open < 2:
+                await asyncio.sleep(0.005)
+            stuck.go.set()
+            assert [(await each).status_code for each in (first, second)] == [200, 200]
+            assert (await client.post(CHAT, json=three)).status_code == 200
+
+    with limited(model, stuck, max_total_tiles=22) as gateway:
+        asyncio.run(flood(gateway))
+
+
 def test_lost_engines_are_503_with_retry_after(model: Model, stuck: StuckEngines) -> None:
     stuck.gone = EngineUnavailable("ActorDiedError: 10.0.0.7 pid=123")
     with limited(model, stuck) as gateway, httpx2.Client(base_url=gateway.url, timeout=30) as client:
