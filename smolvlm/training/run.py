@@ -61,9 +61,8 @@ def run_training(
     trainer = Trainer(plan, begin_from, process)
     if begin_from == latest_checkpoint(Path(plan.output)):
         trainer.resume(begin_from)
-    make = ExampleMaker(begin_from, plan.prompt)
     log = MetricsLog(Path(plan.output), trainer.step) if process.rank == 0 else None
-    for report in trainer.run(lambda number: _windows(plan, number, trainer, make, data.train)):
+    for report in trainer.run(lambda number: _windows(plan, number, trainer, data.train)):
         is_last = report.step == plan.total_steps
         stops = not is_last and trainer.is_wanted_by_any(is_stopping())
         score = None
@@ -97,10 +96,9 @@ def _begin(plan: TrainingPlan, process: Process) -> Path:
     return create_fresh_checkpoint(output / f"fresh_{process.rank}", plan.start.shape, plan.seed)
 
 
-def _windows(
-    plan: TrainingPlan, number: int, trainer: Trainer, make: ExampleMaker, source: SourceData | None
-) -> Windows:
+def _windows(plan: TrainingPlan, number: int, trainer: Trainer, source: SourceData | None) -> Windows:
     stage = plan.stages[number]
+    make = ExampleMaker(trainer.files_from, plan.prompt)  # not where the run began: that checkpoint may be gone by now
     share, seed = trainer.share(stage), plan.seed * SEEDS_PER_RUN + number
     if stage.documents is None:
         assert source is not None, "check_plan saw to it"
