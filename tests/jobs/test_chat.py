@@ -1,13 +1,11 @@
 """The chat as people use it, on a terminal, and as scripts do, through a pipe."""
 
 import base64
-import fcntl
 import os
 import pty
 import select
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,18 +43,15 @@ class Terminal:
     """A process on a terminal of its own; what a person types and reads."""
 
     def __init__(self, *arguments: str, folder: Path) -> None:
-        self.fd, slave = pty.openpty()
+        self.fd, self._other = pty.openpty()
+        # A session's first process gets the terminal it opens for its own: only then does Ctrl-C reach it.
+        shell = ["sh", "-c", 'terminal=$1; shift; exec "$@" <>"$terminal" >&0 2>&0', "sh", os.ttyname(self._other)]
         self._process = subprocess.Popen(
-            [SMOLVLM, "chat", *arguments],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
+            [*shell, SMOLVLM, "chat", *arguments],
             cwd=folder,
             env={**os.environ, "TERM": "xterm", "INPUTRC": os.devnull},
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
-        os.close(slave)
         self._unread = ""
 
     def type(self, text: str) -> None:
@@ -68,28 +63,22 @@ class Terminal:
         while wanted not in self._unread:
             ready, _, _ = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))
             assert ready, f"{wanted!r} never came; there is {self._unread!r}"
-            self._unread += self._read()
+            self._unread += os.read(self.fd, 65536).decode()
         before, _, self._unread = self._unread.partition(wanted)
         return before + wanted
 
-    def _read(self) -> str:
-        try:
-            return os.read(self.fd, 65536).decode()
-        except OSError:  # Linux says so when the other side is gone
-            raise AssertionError(f"the chat ended; there is {self._unread!r}") from None
-
     def end(self) -> int:
-        code = self._process.wait(30)
-        os.close(self.fd)
-        return code
+        return self._process.wait(30)
 
-    def kill(self) -> None:
+    def close(self) -> None:
         self._process.kill()
         self._process.wait()
+        os.close(self.fd)
+        os.close(self._other)
 
 
 @pytest.fixture
-def terminal(request: pytest.FixtureRequest, pictures: Path) -> Iterator[Any]:
+def terminal(pictures: Path) -> Iterator[Callable[..., Terminal]]:
     started: list[Terminal] = []
 
     def start(*arguments: str) -> Terminal:
@@ -98,7 +87,7 @@ def terminal(request: pytest.FixtureRequest, pictures: Path) -> Iterator[Any]:
 
     yield start
     for each in started:
-        each.kill()
+        each.close()
 
 
 @pytest.fixture
@@ -121,7 +110,7 @@ def roles_and_kinds(request: dict[str, Any]) -> list[tuple[str, list[str] | str]
     ]
 
 
-def test_a_conversation_on_a_terminal(terminal: Any, server: Endpoint) -> None:
+def test_a_conversation_on_a_terminal(terminal: Callable[..., Terminal], server: Endpoint) -> None:
     chat = terminal("--url", server.url)
     assert "SmolVLM-test" in chat.read_until("img> ")
     chat.type("nope.png\n")
@@ -145,7 +134,7 @@ def test_a_conversation_on_a_terminal(terminal: Any, server: Endpoint) -> None:
     assert roles_and_kinds(request) == [("user", ["image", "image", "Which is larger?"])]
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_chat(terminal: Any, server: Endpoint) -> None:
+def test_ctrl_c_ends_the_answer_and_not_the_chat(terminal: Callable[..., Terminal], server: Endpoint) -> None:
     server.gate.clear()
     chat = terminal("--url", server.url)
     chat.read_until("img> ")
@@ -171,7 +160,9 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(terminal: Any, server: Endpoint
     assert roles_and_kinds(server.asked[-1]) == [("user", ["One?"]), ("assistant", "Two"), ("user", ["Two?"])]
 
 
-def test_tab_completes_paths_also_with_spaces(terminal: Any, server: Endpoint, pictures: Path) -> None:
+def test_tab_completes_paths_also_with_spaces(
+    terminal: Callable[..., Terminal], server: Endpoint, pictures: Path
+) -> None:
     chat = terminal("--url", server.url)
     chat.read_until("img> ")
     chat.type(f"{pictures.parent}/my\t")
@@ -180,7 +171,9 @@ def test_tab_completes_paths_also_with_spaces(terminal: Any, server: Endpoint, p
     chat.read_until("picture 1: 200 × 150")
 
 
-def test_a_model_in_this_process_keeps_the_conversation(terminal: Any, tiny_checkpoint: Path) -> None:
+def test_a_model_in_this_process_keeps_the_conversation(
+    terminal: Callable[..., Terminal], tiny_checkpoint: Path
+) -> None:
     chat = terminal("--model", str(tiny_checkpoint), "--dtype", "float32", "--max-new-tokens", "8", "--tiles", "5")
     chat.read_until("img> ")
     chat.type("wide.png\n\nWhat is this?\n")
