@@ -145,7 +145,9 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "glyph_head": head_state(self.objective.glyph_head),
         }
-        return save_checkpoint(self.plan, self.step, self.model, self.files_from, state)
+        # The next one takes its files from here: what a resumed run began with is removed before long.
+        self.files_from = save_checkpoint(self.plan, self.step, self.model, self.files_from, state)
+        return self.files_from
 
     def save_model(self, directory: Path) -> Path:
         return save_model(self.model, self.files_from, directory, self.plan.save_dtype)

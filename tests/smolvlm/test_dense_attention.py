@@ -1,0 +1,64 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from smolvlm import dense_attention as module
+from smolvlm.dense_attention import dense_attention, later_keys
+
+
+def heads(num_kv_heads: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(num_kv_heads)
+    sizes = [(2, count, 7, 16) for count in (4, num_kv_heads, num_kv_heads)]
+    return [torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in sizes]
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What torch's fused operator was called with: is_causal, a call."""
+    calls: list[bool] = []
+    fused = F.scaled_dot_product_attention
+
+    def watched(*args: Tensor, is_causal: bool, enable_gqa: bool) -> Tensor:
+        calls.append(is_causal)
+        return fused(*args, is_causal=is_causal, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", watched)
+    return calls
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_the_form_for_training_is_the_fused_one(num_kv_heads: int, is_causal: bool, fused_calls: list[bool]) -> None:
+    q, k, v = heads(num_kv_heads)
+    ours = dense_attention(q, k, v, is_causal)
+    assert fused_calls == []
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+    torch.testing.assert_close(ours, expected)
+    weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    gradients = [torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (ours, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_without_gradients_it_is_the_fused_one(num_kv_heads: int, is_causal: bool, fused_calls: list[bool]) -> None:
+    q, k, v = heads(num_kv_heads)
+    trained = dense_attention(q, k, v, is_causal)
+    with torch.no_grad():
+        torch.testing.assert_close(dense_attention(q, k, v, is_causal), trained)
+    frozen = [tensor.detach() for tensor in (q, k, v)]
+    torch.testing.assert_close(dense_attention(*frozen, is_causal), trained)
+    assert fused_calls == [is_causal] * 2
+
+
+def test_bfloat16_stays_bfloat16() -> None:
+    q, k, v = heads(2, torch.bfloat16)
+    out = dense_attention(q, k, v, is_causal=True)
+    assert out.dtype == torch.bfloat16
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.02)
+
+
+def test_later_keys() -> None:
+    assert later_keys(3, torch.device("cpu")).tolist() == [[False, True, True], [False, False, True], [False] * 3]
