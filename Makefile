@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format install clean
+.PHONY: demo test check cluster-check format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/smolvlm demo
@@ -23,6 +23,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
+
+cluster-check: $(INSTALLED)
+	$(BIN)/python -m pytest tests/cluster tests/jobs/test_plan.py tests/jobs/test_submit.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 import ray
+from ray.util.metrics import Counter as Metric
 
 from pipeline.errors import PipelineError
 
@@ -19,11 +20,15 @@ class Board:
         self._counts: Counter[str] = Counter()
         self._draining = False
         self._starts: Counter[str] = Counter()
+        self._metrics: dict[str, Metric] = {}
 
     def add(self, counts: dict[str, int]) -> None:
         """Add to the counts: the run gets on, so earlier deaths of workers are forgiven."""
         self._counts.update(counts)
         self._starts.clear()
+        for name, count in counts.items():
+            if count:
+                self._export(name, count)
 
     def started(self, pool: str) -> int:
         """Count a worker's start and return how many of its pool have started since the run last got on."""
@@ -41,6 +46,14 @@ class Board:
     def is_draining(self) -> bool:
         """Whether that was asked."""
         return self._draining
+
+    def _export(self, name: str, count: int) -> None:
+        """Count where Prometheus sees it: `ray_smolvlm_job_<name>_total`, errors by the label `code`."""
+        kind, _, code = name.partition(".")
+        metric = f"smolvlm_job_{'errors' if code else 'rows_' + kind if kind in ('ok', 'error') else kind}"
+        if metric not in self._metrics:
+            self._metrics[metric] = Metric(metric, f"{kind} of jobs", tag_keys=("code",) if code else ())
+        self._metrics[metric].inc(count, tags={"code": code} if code else {})
 
 
 class Control:
