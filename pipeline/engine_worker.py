@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ from smolvlm.image import Tiles
 
 if TYPE_CHECKING:
     from smolvlm.engine import Completion, Token
+
+
+_PATIENCE_S = 0.01  # for which a token, but the first, waits for company: a message costs a millisecond on either side
 
 
 @dataclass(frozen=True)
@@ -81,16 +85,22 @@ class EngineWorker:
         self._online_requests += 1
         try:
             futures += [self._start(request, choice, mailbox) for choice in range(request.n)]
-            unfinished = request.n
+            unfinished, patience_s = request.n, 0.0
             while unfinished:
-                events = await mailbox.take()
+                events = await mailbox.take(patience_s)
                 unfinished -= sum(isinstance(event, Finished) for event in events)
+                patience_s = _PATIENCE_S
                 yield events
         except PromptTooLong:
             yield [Refused("context_length_exceeded")]
         finally:
             for future in futures:
                 future.cancel()
+
+    async def complete(self, request: EngineRequest) -> list[Event]:
+        """The same, when all of it is there. Raises EngineUnavailable if the engine dies; cancelling it ends it."""
+        async with aclosing(self.stream(request)) as batches:
+            return [event async for events in batches for event in events]
 
     def status(self, actor_id: str) -> EngineStatus:
         """Say what the engine is doing."""
@@ -145,26 +155,43 @@ class EngineWorker:
             top_logprobs=request.top_logprobs,
         )
 
+        clock = _Clock()
+
         def on_token(token: "Token") -> None:
+            clock.note_token()
             mailbox.put(TokenOut(choice, token.token_id, token.logprob, token.top))
 
-        started = time.monotonic()
         try:
             future = self._loop.submit(request.model_input, params, ONLINE, on_token)
         except EngineDied as error:
             raise EngineUnavailable(str(error)) from None
-        future.add_done_callback(lambda done: mailbox.put(_ended(choice, done, time.monotonic() - started)))
+        future.add_done_callback(lambda done: mailbox.put(_ended(choice, done, clock)))
         return future
 
 
-def _ended(choice: int, done: "Future[Completion]", engine_s: float) -> Finished | EngineUnavailable:
+class _Clock:
+    """How long an answer takes, and its first token."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self.first_token_s = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def note_token(self) -> None:
+        self.first_token_s = self.first_token_s or self.seconds
+
+
+def _ended(choice: int, done: "Future[Completion]", clock: _Clock) -> Finished | EngineUnavailable:
     if done.cancelled():
         return EngineUnavailable("the answer was cancelled")
     error = done.exception()
     if error is not None:
         return EngineUnavailable(str(error))
     completion = done.result()
-    return Finished(choice, completion.finish_reason, engine_s, completion.cached_tokens)
+    return Finished(choice, completion.finish_reason, clock.first_token_s, clock.seconds, completion.cached_tokens)
 
 
 class _Mailbox:
@@ -174,25 +201,32 @@ class _Mailbox:
     def __init__(self) -> None:
         self._events: deque[Event | EngineUnavailable] = deque()
         self._loop = asyncio.get_running_loop()
-        self._ready = asyncio.Event()
+        self._ready, self._over = asyncio.Event(), asyncio.Event()
         self._is_woken = False
 
     def put(self, event: Event | EngineUnavailable) -> None:
         """Add an event, from any thread."""
         self._events.append(event)
+        if not isinstance(event, TokenOut):
+            self._loop.call_soon_threadsafe(self._over.set)
         if not self._is_woken:
             self._is_woken = True
             self._loop.call_soon_threadsafe(self._ready.set)
 
-    async def take(self) -> list[Event]:
-        """Wait for events and return all there are. Raises EngineUnavailable where one of them says so."""
-        taken: list[Any] = []
-        while not taken:
+    async def take(self, patience_s: float) -> list[Event]:
+        """Wait for an event, then `patience_s` for others unless an answer is over, and return all there are.
+
+        Raises EngineUnavailable where one of them says so.
+        """
+        while not self._events:  # a wake-up may come for an event that was taken with those before it
             await self._ready.wait()
             self._ready.clear()
             self._is_woken = False
-            while self._events:
-                taken.append(self._events.popleft())
+        if patience_s:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), patience_s)
+        self._over.clear()
+        taken: list[Any] = [self._events.popleft() for _ in range(len(self._events))]
         failed = next((event for event in taken if isinstance(event, EngineUnavailable)), None)
         if failed is not None:
             raise failed

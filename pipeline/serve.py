@@ -48,6 +48,10 @@ class Engine:
             async for several in events:
                 yield several
 
+    async def complete(self, request: EngineRequest) -> list[Event]:
+        """Answer one that nobody reads before it is whole: one message instead of one for every few tokens."""
+        return await self._worker.complete(request)
+
     async def answer(self, rows: Sequence[Row]) -> list[Answer | RowError]:
         """Answer rows of a batch job."""
         return await self._worker.answer(rows)
@@ -106,9 +110,14 @@ class ServeEngines:
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[list[Event]]:
         """Send the request to the replica with the shortest queue."""
-        response: Any = self._streams.stream.remote(request)
+        is_streamed = request.is_streamed
+        call = self._streams.stream if is_streamed else self._handle.complete
+        response: Any = call.remote(request)
         del request  # its tiles are on their way
         try:
+            if not is_streamed:
+                yield await response
+                return
             async for events in response:
                 yield events
         except LOST as error:

@@ -115,6 +115,11 @@ class ChatRequest(Strict):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
     @property
+    def is_streamed(self) -> bool:
+        """Whether somebody looks at the answer before it is whole: the client, or the search for stop strings."""
+        return bool(self.stream or self.stop)
+
+    @property
     def images(self) -> Iterator[tuple[str, ImageUrl]]:
         """Every image in order, after the place in the request where it stands."""
         for place, message in enumerate(self.messages):

@@ -17,8 +17,10 @@ from pipeline.endpoint.fetch_url import UrlFetcher
 from pipeline.endpoint.images import DecoderPool, ImageRefused, SplitImage, data_url_bytes, policy_for
 from pipeline.endpoint.options import EndpointOptions
 from pipeline.endpoint.text import AnswerText, TokenBytes, TokenLogprobs
-from smolvlm.image import ImagePolicy
-from smolvlm.processor import Processor
+from smolvlm.image import ImagePolicy, Tiles
+from smolvlm.processor import ModelInput, Processor
+
+SHORT_TEXT_CHARS = 4096
 
 logger = logging.getLogger("smolvlm.endpoint")
 
@@ -54,6 +56,11 @@ class Chat:
     def num_choices(self) -> int:
         """Answers that were asked for."""
         return self.request.n or 1
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the first token of a streamed answer is still to come."""
+        return self.request.is_streamed and self.first_token is None
 
     @property
     def is_finished(self) -> bool:
@@ -101,12 +108,13 @@ class ChatService:
         _check(request, self.options)
         images = await self._split(request, take_tiles)
         tiles = [image.tiles for image in images]
-        model_input = await asyncio.to_thread(self._processor.from_tiles, request.turns(), tiles)
+        model_input = await self._tokenised(request, tiles)
         if len(model_input.prompt_token_ids) >= self._processor.config.text.max_positions:
             raise _too_long()
         engine_request = EngineRequest(
             model_input,
             max_new_tokens=_max_tokens(request, self.options),
+            is_streamed=request.is_streamed,
             n=request.n or 1,
             temperature=request.temperature or 0.0,
             top_p=1.0 if request.top_p is None else request.top_p,
@@ -131,6 +139,12 @@ class ChatService:
                 if chat.is_finished:
                     return
         raise unavailable()  # the engine's events ended before the answer did
+
+    async def _tokenised(self, request: ChatRequest, tiles: list[Tiles]) -> ModelInput:
+        """A thread is worth its while for a text that would keep all other requests waiting."""
+        if request.num_text_chars < SHORT_TEXT_CHARS:
+            return self._processor.from_tiles(request.turns(), tiles)
+        return await asyncio.to_thread(self._processor.from_tiles, request.turns(), tiles)
 
     async def _split(self, request: ChatRequest, take_tiles: Take) -> list[SplitImage]:
         images: list[SplitImage] = []
@@ -165,7 +179,7 @@ class ChatService:
         """The next events, None after the last, within the time that the request has."""
         limits = self.options.limits
         deadline = chat.started + limits.request_timeout_s
-        if chat.first_token is None:
+        if chat.is_waiting:
             deadline = min(deadline, chat.prepared + limits.first_token_timeout_s)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
@@ -176,7 +190,7 @@ class ChatService:
         except TimeoutError:
             logger.warning("%s: no answer within its time", chat.id)
             raise _timed_out(chat) from None
-        if chat.first_token is None:
+        if chat.is_waiting:
             chat.first_token = time.monotonic()
         return events
 
@@ -190,6 +204,8 @@ def _piece(chat: Chat, text: AnswerText, event: TokenOut | Finished) -> Piece | 
         return None
     if isinstance(event, Finished):
         chat.engine_s = max(chat.engine_s, event.engine_s)
+        if chat.first_token is None:  # a whole answer comes at once
+            chat.first_token = chat.prepared + event.first_token_s
         chat.num_cached_tokens = max(chat.num_cached_tokens, event.cached_tokens)
         chat.finish_reasons[event.choice] = event.reason
         return Piece(event.choice, text.finish(), (), event.reason)
@@ -239,6 +255,6 @@ def _too_long() -> ApiError:
 
 
 def _timed_out(chat: Chat) -> ApiError:
-    if chat.first_token is None:
+    if chat.is_waiting:
         return unavailable()
     return ApiError(504, "timeout", "the answer took too long")

@@ -10,10 +10,14 @@ from smolvlm.processor import ModelInput
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """One prompt, to be answered `n` times. With a seed, answer `i` has the seed `seed + i`."""
+    """One prompt, to be answered `n` times. With a seed, answer `i` has the seed `seed + i`.
+
+    `is_streamed` False: nobody looks at the answer before it is whole, so that its events may come all at once.
+    """
 
     model_input: ModelInput
     max_new_tokens: int
+    is_streamed: bool = True
     n: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
@@ -31,11 +35,12 @@ class TokenOut(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """Answer `choice` has ended; `engine_s` seconds passed since the engine got it. `cached_tokens` of its prompt were
-    there already."""
+    """Answer `choice` has ended. Seconds count from when the engine got it; `cached_tokens` of its prompt were there
+    already."""
 
     choice: int
     reason: str
+    first_token_s: float
     engine_s: float
     cached_tokens: int
 

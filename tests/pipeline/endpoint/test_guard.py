@@ -49,7 +49,7 @@ class StuckEngines:
             while not self.go.is_set():  # set from another thread
                 await asyncio.sleep(0.005)
             yield [TokenOut(0, 300, -1.0, ())]
-            yield [Finished(0, "stop", 0.1, 0)]
+            yield [Finished(0, "stop", 0.1, 0.2, 0)]
         finally:
             self.open -= 1
 
@@ -205,7 +205,8 @@ def test_lost_engines_are_503_with_retry_after(model: Model, stuck: StuckEngines
 
 def test_engines_that_say_nothing_are_given_up(model: Model, stuck: StuckEngines) -> None:
     with limited(model, stuck, first_token_timeout_s=0.2, request_timeout_s=0.5) as gateway:
-        assert httpx2.post(gateway.url + CHAT, json=question(model), timeout=30).status_code == 503
+        for more, status in (({"stream": True}, 503), ({"stop": "x"}, 503), ({}, 504)):
+            assert httpx2.post(gateway.url + CHAT, json=question(model, **more), timeout=30).status_code == status
         stuck.tokens_before = 1
         assert httpx2.post(gateway.url + CHAT, json=question(model), timeout=30).status_code == 504
         streamed = httpx2.post(gateway.url + CHAT, json=question(model, stream=True), timeout=30)
