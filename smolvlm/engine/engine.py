@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 BLOCK_SIZE = 16
-CPU_LIMITS = Limits(16, 2048, tile_batch=1, online_sequences=4, piece_tokens=512, piece_tiles=1)
-GPU_LIMITS = Limits(256, 16384, tile_batch=32, online_sequences=32, piece_tokens=4096, piece_tiles=8)
+CPU_LIMITS = Limits(16, 2048, tile_batch=1, online_sequences=16, piece_tokens=512, piece_tiles=1)
+GPU_LIMITS = Limits(256, 16384, tile_batch=32, online_sequences=128, piece_tokens=4096, piece_tiles=8)
 ONLINE_SHARE = 8  # one page in so many is kept for online sequences
 CPU_CACHE_BYTES = GIB * ONLINE_SHARE // (ONLINE_SHARE - 1)  # 1 GiB for batch work
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,7 +87,7 @@ class Engine:
             path: directory, or hub id together with `revision`.
             device: "cpu", "cuda" or "cuda:N". Threads on a CPU are the caller's choice (torch.set_num_threads).
             dtype: "float32", "bfloat16" or "float16".
-            max_num_sequences: answers generated together, default 16 on a CPU, 256 elsewhere; 4 or 32 more if online.
+            max_num_sequences: answers generated together, default 16 on a CPU, 256 elsewhere; 16 or 128 more if online.
             max_num_tokens: prompt tokens per prefill; default 2,048 on a CPU, 16,384 elsewhere.
             tile_batch: tiles per encoder batch; default 1 on a CPU, 32 elsewhere.
             kv_cache_bytes: memory for keys and values, an eighth of it for online sequences alone once there are any;

@@ -1,8 +1,9 @@
 """What the engine does next: encode tiles, prefill prompts, or decode one token for everyone.
 
 With batch work alone, the decode batch is kept full: encoding and prefill go first. Once online sequences are about,
-batch work comes in small pieces, theirs goes before it, and while one of them is being answered every other step is a
-decode. Batch work takes what is left, and at least one turn in PATIENCE + 1.
+batch work comes in small pieces and theirs goes before it; while one of them is being answered, a decode follows every
+batch piece and every second piece of their own: a small image is encoded and prefilled at once. Batch work takes what
+is left, and at least one turn in PATIENCE + 1.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Decode:
 
 
 Work = Encode | Prefill | Decode
+MAX_DELAY = 2  # pieces of online work between two decodes while an online sequence is answered
 
 
 class Scheduler:
@@ -52,7 +54,7 @@ class Scheduler:
         self.waiting = Admission(limits, blocks)
         self.admitted: list[Sequence] = []  # sorted by Sequence.order
         self.running: list[Sequence] = []
-        self._decoded_last = False
+        self._delay = 0  # pieces of work since the last decode; one of batch work counts as MAX_DELAY
         self._overtaken = 0  # pieces of online work in a row that went before batch work
         self._decodes_next = True  # whether the next turn of batch work, if it may be either, is a decode
 
@@ -71,9 +73,7 @@ class Scheduler:
         self._admit()
         for sequence in self.admitted:
             self._take_over(sequence)
-        work = self._next_work()
-        self._decoded_last = isinstance(work, Decode)
-        return work
+        return self._next_work()
 
     def start(self, sequences: list[Sequence]) -> list[Sequence]:
         """These are prefilled up to `num_scheduled`. Those whose prompt is complete decode from now on: return them."""
@@ -120,8 +120,11 @@ class Scheduler:
         online = [sequence for sequence in self.admitted if sequence.is_online]
         batch = self.admitted[len(online) :]
         answering = any(sequence.is_online for sequence in self.running)
-        if not self._decoded_last and (answering or (not online and self.waiting.online.first() is not None)):
-            return self._decode() or self._piece(batch)  # somebody waits for tokens, or for memory that an answer holds
+        awaited = answering or (
+            not online and self.waiting.online.first() is not None
+        )  # tokens, or the memory they hold
+        if self.running and awaited and self._delay >= (MAX_DELAY if online else 1):
+            return self._decode()
         starved = batch or (self.running and not answering)
         if online and not (starved and self._overtaken >= PATIENCE):
             self._overtaken += bool(starved)
@@ -138,6 +141,7 @@ class Scheduler:
         return self._piece(batch)
 
     def _decode(self) -> Decode | None:
+        self._delay = 0
         return Decode(list(self.running)) if self.running else None
 
     def _piece(self, group: list[Sequence]) -> Encode | Prefill:
@@ -146,16 +150,16 @@ class Scheduler:
         Batch prompts that could be packed with more of them wait for the images of those; online ones wait for nobody.
         """
         urgent, limits = group[0].is_online, self.limits
+        self._delay += 1 if urgent else MAX_DELAY
         cuts = self.waiting.serves_online and not (urgent and not self.running)
         max_tokens = min(limits.piece_tokens, limits.max_num_tokens) if cuts else limits.max_num_tokens
         ready = _packed([sequence for sequence in group if sequence.is_encoded], max_tokens, cuts)
         pending = [sequence for sequence in group if not sequence.is_encoded]
         if ready and (not pending or urgent or _is_full(ready, max_tokens)):
             return Prefill(ready)
-        small = self.waiting.serves_online and not urgent
-        return Encode(
-            list(_next_spans(pending, min(limits.piece_tiles, limits.tile_batch) if small else limits.tile_batch))
-        )
+        whole = urgent or not self.waiting.serves_online
+        max_tiles = limits.tile_batch if whole else min(limits.piece_tiles, limits.tile_batch)
+        return Encode(list(_next_spans(pending, max_tiles)))
 
     def _take_over(self, sequence: Sequence) -> None:
         """Let it refer to what others have computed of its prompt since it was admitted."""

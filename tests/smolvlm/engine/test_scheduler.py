@@ -183,7 +183,7 @@ def test_online_prompts_wait_for_no_other_image_and_for_no_batch_prompt() -> Non
     _add(scheduler, _tiles(2), priority=ONLINE)
     assert _run(scheduler) == "E"
     assert _prefill(scheduler) == [early]
-    assert _runs(scheduler, 6) == "dEdEdP"
+    assert _runs(scheduler, 6) == "dEEdPd"
 
 
 def test_batch_work_comes_in_small_pieces_once_there_was_online_work() -> None:
@@ -218,8 +218,8 @@ def test_an_online_prompt_is_cut_only_while_others_are_answered() -> None:
     scheduler = Scheduler(Limits(9, 1000, 8, piece_tokens=50), BlockManager(100, block_size=10))
     first = _add(scheduler, prompt=80, priority=ONLINE)
     assert _prefill(scheduler) == [first]
-    _add(scheduler, prompt=80, priority=ONLINE)
-    assert _runs(scheduler, 4) == "dPdP"
+    _add(scheduler, prompt=130, priority=ONLINE)
+    assert _runs(scheduler, 5) == "PdPPd"
 
 
 def test_batch_work_has_a_turn_in_so_many_also_under_a_steady_online_load() -> None:
@@ -238,7 +238,8 @@ def test_batch_pieces_have_their_turn_between_online_answers() -> None:
     assert _run(scheduler) == "P"
     _add(scheduler, _tiles(9))
     _add(scheduler, _tiles(99), priority=ONLINE)
-    assert _runs(scheduler, 2 * PATIENCE + 3) == "dE" * PATIENCE + "ded"
+    expected = ["E", *["dEE"] * (PATIENCE // 2 - 1), "dE", "ed", *["EEd"] * (PATIENCE // 2), "ed"]
+    assert _runs(scheduler, len("".join(expected))) == "".join(expected)
 
 
 def test_a_running_batch_goes_on_while_an_online_sequence_waits_for_its_memory() -> None:

@@ -25,7 +25,7 @@ def test_each_class_is_counted_where_it_is(make_engine: MakeEngine, question: Mo
     engine.step()
     stats = snapshot(engine, alive=True, inbox=[engine.prepare(question, GREEDY)])
     assert (stats.online, stats.batch) == (ClassStats(0, 0, 1), ClassStats(2, 2, 0))
-    assert (stats.max_num_sequences, stats.occupancy, stats.num_waiting) == (6, 1 / 6, 2)
+    assert (stats.max_num_sequences, stats.occupancy, stats.num_waiting) == (18, 1 / 18, 2)
     assert 0 < stats.used_blocks < stats.num_blocks
 
 
