@@ -64,7 +64,7 @@ def load_weights(model: SmolVLM, directory: Path) -> None:
     """
     views = published_views(model)
     missing, tied_head = set(views), None
-    for file, key, tensor in _read_tensors(directory):
+    for file, key, tensor in read_tensors(directory):
         if key == HEAD_KEY and model.config.tie_word_embeddings:
             tied_head = tensor
         elif key not in views:
@@ -110,7 +110,8 @@ def _rows(config: ModelConfig, module: str, parameter: Tensor, num_parts: int) -
     return [len(parameter) // num_parts] * num_parts
 
 
-def _read_tensors(directory: Path) -> Iterator[tuple[Path, str, Tensor]]:
+def read_tensors(directory: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    """File, published key and tensor of every weight of a checkpoint, one at a time. Raises ValueError as above."""
     for file in _weight_files(directory):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (safe_open is no dict)

@@ -18,10 +18,12 @@ def check_plan(plan: TrainingPlan) -> None:
 def plan_mistakes(plan: TrainingPlan) -> Iterator[str]:
     """A line for every mistake."""
     start = plan.start
-    if (start.id is None) == (start.shape is None):
-        yield f"`start`: id {start.id!r}: give either `id` (a checkpoint) or `shape` (fresh weights), and not both"
-    if start.shape is not None and start.revision is not None:
+    if start.id is None and start.shape is None:
+        yield "`start`: id null: give `id` (a checkpoint), `shape` (fresh weights), or both (fresh around its encoder)"
+    if start.id is None and start.revision is not None:
         yield f"`start.revision`: {start.revision!r}: fresh weights have none; leave it out"
+    if plan.compile and plan.checkpoint_activations:
+        yield "`compile`: true: does not go together with checkpoint_activations; choose one of them"
     for number, stage in enumerate(plan.stages):
         yield from _stage_mistakes(f"stages[{number}]", stage, plan)
     evaluation = plan.evaluation

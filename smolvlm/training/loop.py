@@ -157,7 +157,7 @@ class Trainer:
 
     def _wrap(self) -> nn.Module:
         if self.plan.compile:
-            self.objective.compile()
+            _compile_layers(self.model)
         if self.process.world == 1:
             return self.objective
         # A stage may leave a part without a loss, or frozen.
@@ -183,6 +183,13 @@ class Trainer:
 
 def _is_finite(value: float) -> bool:
     return abs(value) < float("inf")
+
+
+def _compile_layers(model: SmolVLM) -> None:
+    """Compile what repeats and is all tensors: a graph for the encoder's layers and one for the decoder's MLPs, instead
+    of one for the whole model, which takes minutes. Sizes differ from batch to batch."""
+    for module in (*model.vision.layers, *(layer.mlp for layer in model.text.layers)):
+        module.compile(dynamic=True)
 
 
 def _recompute_layers(model: SmolVLM) -> None:

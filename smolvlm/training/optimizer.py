@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable
 
 import torch
@@ -16,6 +17,7 @@ PARTS: dict[Part, tuple[str, ...]] = {
     "connector": ("model.connector.",),
     "text": ("model.text.", "model.head."),
 }
+INNER = re.compile(r"\.layers\.|\.connector\.")  # neither the first nor the last matrix of a path: those are AdamW's
 RATE = "rate"  # what a group multiplies the learning rate of the step with
 
 
@@ -26,7 +28,7 @@ def build_optimizers(module: nn.Module, options: Optimizer) -> list[torch.optim.
     Raises ValueError where `adamw8bit` is asked for and bitsandbytes is not installed.
     """
     linears = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Linear)}
-    inner = {id(p) for name, p in module.named_parameters() if ".layers." in name and id(p) in linears}
+    inner = {id(p) for name, p in module.named_parameters() if id(p) in linears and INNER.search(name)}
     by_muon = inner if options.kind == "muon" else set()
     rest = [p for p in module.parameters() if id(p) not in by_muon]
     groups = [

@@ -21,7 +21,8 @@ Part = Literal["vision", "connector", "text"]
 @dataclass(frozen=True)
 class Start:
     """What training begins with: a checkpoint (`id`: directory, `bundled` or a hub id with `revision`), or fresh
-    weights of a `shape` with a byte-level tokenizer."""
+    weights of a `shape` with a byte-level tokenizer. With both, fresh weights around the checkpoint's vision encoder:
+    one that has learned glyphs gets a new decoder."""
 
     id: str | None = None
     revision: str | None = None
@@ -69,7 +70,7 @@ class Stage:
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW; `adamw8bit` keeps its two moments in 8 bits (bitsandbytes). `muon` orthogonalises the updates of the
-    matrices inside the layers (https://kellerjordan.github.io/posts/muon/) and leaves the rest to AdamW: from fresh
+    inner matrices (https://kellerjordan.github.io/posts/muon/) and leaves the rest to AdamW: from fresh
     weights it learned in a quarter of the steps. Its rate is the stage's times `muon_rate`."""
 
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"

@@ -54,7 +54,8 @@ def _draw_rates(axes: Axes, steps: list[dict[str, Any]]) -> None:
 
 def _draw_scores(axes: Axes, scores: list[dict[str, Any]]) -> None:
     xs = [line["step"] for line in scores]
-    for name, label in (("cer", "character error rate"), ("wer", "word error rate")):
+    names = {"cer": "character error rate", "wer": "word error rate"} if scores else {}
+    for name, label in names.items():
         axes.plot(xs, [min(line["score"][name], 1.0) for line in scores], marker="o", label=label)
     axes.set_ylabel("errors (1 or more drawn as 1)")
     axes.set_ylim(0, 1.05)

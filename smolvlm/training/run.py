@@ -90,10 +90,12 @@ def _begin(plan: TrainingPlan, process: Process) -> Path:
         return newest
     if (output / "model").exists():
         raise ValueError(f"output {output} holds a model and no checkpoint to go on from; choose another folder")
-    if plan.start.shape is None:
-        assert plan.start.id is not None, "check_plan saw to it"
-        return resolve_checkpoint(plan.start.id, plan.start.revision)
-    return create_fresh_checkpoint(output / f"fresh_{process.rank}", plan.start.shape, plan.seed)
+    start = plan.start
+    given = None if start.id is None else resolve_checkpoint(start.id, start.revision)
+    if start.shape is None:
+        assert given is not None, "check_plan saw to it"
+        return given
+    return create_fresh_checkpoint(output / f"fresh_{process.rank}", start.shape, plan.seed, vision_from=given)
 
 
 def _windows(plan: TrainingPlan, number: int, trainer: Trainer, source: SourceData | None) -> Windows:
