@@ -75,7 +75,7 @@ evaluation: {{every_steps: 5, count: 3, max_new_tokens: 64, source: {{uri: s3://
 precision: float32
 device: cuda
 processes: 2
-checkpoint_activations: true
+checkpoint_activations: false
 compile: true
 checkpoint_every: 9
 save_dtype: bfloat16
@@ -107,7 +107,7 @@ seed: 11
         precision="float32",
         device="cuda",
         processes=2,
-        checkpoint_activations=True,
+        checkpoint_activations=False,
         compile=True,
         checkpoint_every=9,
         save_dtype="bfloat16",
@@ -154,6 +154,13 @@ def test_an_output_may_be_given_apart(tmp_path: Path) -> None:
     assert training_file.load(path, str(tmp_path / "out")).output == str(tmp_path / "out")
 
 
+def test_fresh_weights_may_go_around_an_encoder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    start = training_file.parse(content("start", "id", value=str(tmp_path))).start
+    assert start.id == str(tmp_path)
+    assert start.shape is not None
+
+
 def stage(**changes: Any) -> dict[str, Any]:
     return content(stages=[{**STAGE, "documents": {}, **changes}])
 
@@ -188,10 +195,6 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "an unknown kind of document": (stage(documents={"kinds": {"novel": 1}}), ["`stages[0].documents`", "novel"]),
     "text too small to read": (stage(documents={"text_px": [1, 20]}), ["`stages[0].documents`", "text_px is (1", "6"]),
     "neither checkpoint nor shape": (content(start={}), ["`start`", "`id`", "`shape`"]),
-    "both checkpoint and shape": (
-        content("start", "id", value="bundled"),
-        ["`start`", "and not both"],
-    ),
     "a revision of fresh weights": (content("start", "revision", value=SHA), ["`start.revision`", "leave it out"]),
     "no such checkpoint": (content(start={"id": "/no/such"}), ["`start.id`", '"/no/such"', "no such directory"]),
     "an unpinned hub model": (content(start={"id": "owner/model"}), ["`start.revision`", "40 hex digits"]),
@@ -203,6 +206,10 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a number of rows": (
         content(stages=[{**STAGE, "num_documents": 3}], source={"uri": "/a.parquet"}),
         ["`stages[0].num_documents`: 3", "leave it out"],
+    ),
+    "compiled and recomputed": (
+        content(compile=True, checkpoint_activations=True),
+        ["`compile`: true", "choose one"],
     ),
     "no losses": (stage(losses={"text": 0}), ["`stages[0].losses`", "nothing would be learned"]),
     "a batch that cannot be cut": (
