@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx2
 import pytest
-from local_gateway import png
+from local_gateway import LocalEngines, png, running_gateway
 
 from pipeline.endpoint import fetch_url
 from pipeline.endpoint.fetch_url import UrlFetcher, is_public
 from pipeline.endpoint.images import ImageRefused
+from pipeline.endpoint.options import EndpointOptions
 
 HOST = "images.example.com"
 INSIDE = [
@@ -104,6 +106,25 @@ def test_an_allowed_host_is_asked_once_under_its_own_name(site: Site) -> None:
     assert site.looked_up == [HOST]
     assert fetch(f"HTTP://{HOST.upper()}:{site.port}", allowed) == png()
     assert fetch(f"http://cdn.{HOST}:{site.port}/", f"*.{HOST}:{site.port}") == png()
+
+
+@pytest.mark.usefixtures("public")
+def test_a_request_may_name_an_image_of_an_allowed_host(
+    site: Site, options: EndpointOptions, engines: LocalEngines
+) -> None:
+    site.answer = respond(png(30, 20))
+    allowing = EndpointOptions(options.model, allowed_image_hosts=(f"{HOST}:{site.port}",))
+    with running_gateway(allowing, engines) as gateway:
+        for url, status in ((f"http://{HOST}:{site.port}/a.png", 200), (f"http://x.{HOST}:{site.port}/a.png", 400)):
+            content = [{"type": "image_url", "image_url": {"url": url}}]
+            body = {"model": options.model_name, "messages": [{"role": "user", "content": content}], "max_tokens": 1}
+            reply = httpx2.post(f"{gateway.url}/v1/chat/completions", json=body, timeout=60)
+            assert reply.status_code == status, reply.text
+            if status == 200:
+                assert reply.json()["smolvlm"]["tiles"] == [{"rows": 0, "cols": 0, "width": 30, "height": 20}]
+            else:
+                assert reply.json()["error"]["code"] == "host_not_allowed"
+    assert site.visits == [(f"{HOST}:{site.port}", "/a.png")]
 
 
 @pytest.mark.parametrize("address", INSIDE)

@@ -107,6 +107,15 @@ def test_image_tokens_are_prompt_tokens(ask: Callable[..., ChatCompletion], opti
     assert len({b - a for a, b in itertools.pairwise(used)}) == 1
 
 
+def test_a_second_turn_finds_the_first_one_in_the_cache(ask: Callable[..., ChatCompletion]) -> None:
+    first = user(image(png(31, 17, "orange")), text("What is this, in many words that fill some blocks?"))
+    answer = ask(first).choices[0].message.content
+    second = ask([*first, {"role": "assistant", "content": answer}, {"role": "user", "content": "And now?"}])
+    assert second.usage is not None
+    assert second.usage.prompt_tokens_details is not None
+    assert 16 <= (second.usage.prompt_tokens_details.cached_tokens or 0) < second.usage.prompt_tokens
+
+
 def test_detail_and_max_tiles_choose_the_tiles(ask: Callable[..., ChatCompletion]) -> None:
     def grid(detail: str, **extra: Any) -> tuple[int, int]:
         done = ask(user(image(png(64, 64), detail=detail), text("?")), max_tokens=1, **extra)
