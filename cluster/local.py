@@ -64,16 +64,16 @@ def local_cluster(nodes: int = 1, cpus: int = 2, object_store_bytes: int | None 
     environment = _environment(token_path)
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        pids = []
+        processes = []
         for number, (start, agent_port) in enumerate(zip(starts, agent_ports, strict=True)):
             options = _node_options(number, folder, cpus, agent_port, object_store_bytes)
             process = stack.enter_context(_node([*start, *options], environment, folder / f"node-{number}.log"))
-            pids.append(process.pid)
+            processes.append(process)
             if not number:
                 _wait_for_head(process, f"http://{_HOST}:{dashboard_port}", token_path, folder / "node-0.log")
         dashboard = f"http://{_HOST}:{dashboard_port}"
-        _wait_for_nodes(dashboard, token_path, nodes, folder)
-        yield LocalCluster(cluster_address, dashboard, token_path, folder, tuple(pids))
+        _wait_for_nodes(dashboard, token_path, processes, folder)
+        yield LocalCluster(cluster_address, dashboard, token_path, folder, tuple(each.pid for each in processes))
 
 
 def main() -> None:
@@ -139,12 +139,14 @@ def _wait_for_head(process: "subprocess.Popen[bytes]", dashboard: str, token_pat
         time.sleep(0.2)
 
 
-def _wait_for_nodes(dashboard: str, token_path: Path, nodes: int, folder: Path) -> None:
+def _wait_for_nodes(
+    dashboard: str, token_path: Path, processes: Sequence["subprocess.Popen[bytes]"], folder: Path
+) -> None:
     deadline = time.monotonic() + _START_S
-    while (_get(f"{dashboard}/api/v0/nodes?detail=0", token_path) or "").count('"ALIVE"') < nodes:
-        if time.monotonic() > deadline:
+    while (_get(f"{dashboard}/api/v0/nodes", token_path) or "").count('"ALIVE"') < len(processes):
+        if any(each.poll() is not None for each in processes) or time.monotonic() > deadline:
             logs = "\n".join(path.read_text()[-1000:] for path in sorted(folder.glob("node-*.log")))
-            raise RuntimeError(f"not all of {nodes} nodes have joined within {_START_S:g} s; their output:\n{logs}")
+            raise RuntimeError(f"not all of {len(processes)} nodes have joined; their output:\n{logs}")
         time.sleep(0.2)
 
 

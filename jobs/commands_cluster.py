@@ -75,9 +75,7 @@ def plan(
         job = _job(job_file, Options(limit, model, revision, dtype, endpoint_url, gpus))
         from jobs.plan import Figures, Pool, to_json
         from jobs.plan import plan as make_plan
-        from jobs.run import fetch_checkpoint
 
-        fetch_checkpoint(job.model)
         pool, figures = Pool(gpu, replicas, cpus, price), Figures(profile, save_profile, output_tokens)
         made = make_plan(job, pool, figures, sample, lambda text: print(text, file=sys.stderr))
     if as_json:
@@ -189,6 +187,15 @@ def list_jobs(address: Dashboard = _LOCAL_DASHBOARD, as_json: Json = False) -> N
         return
     for each in found:
         print(f"{each.state:<10} {each.id}  {each.output}")
+
+
+def print_status(submission_id: str, address: str, as_json: bool) -> None:
+    """Print how a submitted job is doing: `smolvlm status` with an address."""
+    with plain_errors("interrupted: the job goes on"):
+        from jobs.submit import Cluster
+
+        found = Cluster(address).status(submission_id)
+    _print_submitted(found, as_json)
 
 
 def _print_submitted(found: "Submitted", as_json: bool) -> None:

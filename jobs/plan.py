@@ -22,6 +22,7 @@ from jobs.plan_profile import (
 )
 from jobs.plan_sample import Sample, SampledImage, prepare_sample
 from jobs.plan_survey import Survey, survey
+from jobs.run import fetch_checkpoint
 from pipeline.errors import ConfigError
 from pipeline.job import Job
 
@@ -112,6 +113,7 @@ def plan(job: Job, pool: Pool, figures: Figures, sample: int, say: Callable[[str
     recorded = None if figures.recorded is None else load_profile(figures.recorded, job, pool.gpu)
     if recorded is None:
         check_calibration(job, pool.gpu)
+    fetch_checkpoint(job.model)
     say("listing the source")
     found = survey(job.source, job.limit, sample, job.seed)
     if not found.images:

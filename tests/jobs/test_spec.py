@@ -1,12 +1,15 @@
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from jobs import spec
+from jobs.cli import app
 from pipeline.errors import ConfigError
 from pipeline.job import EngineOptions, ImageOptions, Job, Model, Output, Source, Task
 
@@ -143,12 +146,56 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no replicas": (content(engine__replicas=[0, 1]), ["`engine.replicas[0]`", "greater than 0"]),
     "workers reversed": (content(engine__prepare_workers=[3, 2]), ["`engine.prepare_workers`", "write [2, 3]"]),
     "one and a half GPUs": (content(engine__gpus=1.5), ["`engine.gpus`", "1.5", "whole number"]),
-    "unknown mode": (content(engine__mode="shared"), ["`engine.mode`", '"shared"', "'dedicated'"]),
+    "unknown mode": (content(engine__mode="borrowed"), ["`engine.mode`", '"borrowed"', "'dedicated'"]),
     "limit of 0": (content(limit=0), ["`limit`", "greater than 0"]),
     "limit is a truth value": (content(limit=True), ["`limit`", "true", "whole number"]),
     "negative seed": (content(seed=-1), ["`seed`", "-1"]),
     "job name with a slash": (content(name="a/b"), ["`name`", '"a/b"', "letters"]),
+    "cost without a price": (
+        content(limits__max_cost=5),
+        ["`limits.price_per_hour`", "null", "replica costs"],
+    ),
+    "price without a cost": (content(limits__price_per_hour=2), ["`limits.max_cost`", "leave both out"]),
+    "free of charge": (content(limits__max_cost=0), ["`limits.max_cost`", "greater than 0"]),
+    "time without a zone": (content(limits__finish_by="2026-11-25T18:00:00"), ["`limits.finish_by`", "+01:00"]),
+    "no time at all": (
+        content(limits__finish_by="tomorrow"),
+        ["`limits.finish_by`", '"tomorrow"', "and zone"],
+    ),
+    "no images": (content(limits__max_images=0), ["`limits.max_images`", "greater than 0"]),
 }
+
+WRONG_ARGUMENTS: dict[str, tuple[list[str], str]] = {
+    "no job file": (["run"], "Missing argument 'JOB.yaml'"),
+    "job file that is not there": (["run", "/no/such.yaml"], "/no/such.yaml: no such file"),
+    "unknown command": (["capton"], "No such command 'capton'"),
+    "unknown option": (["run", "JOB", "--lmit", "3"], "No such option: --lmit"),
+    "limit of 0": (["run", "JOB", "--limit", "0"], "`limit`: 0: must be greater than 0"),
+    "limit no number": (["run", "JOB", "--limit", "many"], "'--limit': Input should be a valid integer"),
+    "unknown dtype": (["run", "JOB", "--dtype", "int4"], '`model.dtype`: "int4": must be one of'),
+    "replicas reversed": (["run", "JOB", "--replicas", "8", "1"], "`engine.replicas`: [8, 1]: the smallest"),
+    "one and a half GPUs": (["run", "JOB", "--gpus", "1.5"], "`engine.gpus`: 1.5: use a whole number"),
+    "endpoint without scheme": (["run", "JOB", "--endpoint-url", "host:9"], "`source.endpoint_url`"),
+    "another model without revision": (["run", "JOB", "--model", "a/b"], "`model.revision`: null: a hub model is"),
+    "share above 1": (
+        ["run", "JOB", "--max-error-share", "2"],
+        "'--max-error-share': Input should be less than or equal to 1",
+    ),
+    "no output": (["caption", "s3://b/x"], "Missing option '--output'"),
+    "output to http": (["ocr", "s3://b/x", "-o", "https://host/x"], "`output.uri`"),
+    "plan of no images": (["plan", "JOB", "--sample", "0"], "'--sample': Input should be greater than or equal to 1"),
+    "profile that is not there": (["plan", "JOB", "--profile", "/no/p.json"], "--profile /no/p.json: "),
+    "price below 0": (["plan", "JOB", "--price", "-1"], "'--price': Input should be greater than or equal to 0"),
+    "cluster without scheme": (["submit", "JOB", "--address", "host:6379"], "--address host:6379: give the address"),
+    "secret with its value": (["preflight", "JOB", "--secret", "A=hunter2"], "--secret A: not the name"),
+    "logs of nothing": (["logs"], "Missing argument 'ID'"),
+    "cancel of nothing": (["cancel"], "Missing argument 'ID'"),
+    "verify of nothing": (["verify"], "Missing argument 'DEST'"),
+    "port out of range": (["serve", "--port", "70000"], "`port`: 70000: must be less than or equal to 65535"),
+    "open to all without keys": (["serve", "--host", "0.0.0.0"], "0.0.0.0"),
+    "temperature above 2": (["chat", "--temperature", "3"], "'--temperature': Input should be less than or equal to 2"),
+}
+REFUSED_WITHIN_S = 2.0
 
 
 @pytest.mark.parametrize(("wrong", "said"), WRONG.values(), ids=WRONG)
@@ -157,6 +204,43 @@ def test_a_mistake_is_named_with_key_value_and_remedy(wrong: dict[str, Any], sai
         spec.parse(wrong, origin="job.yaml")
     assert str(error.value).startswith("job.yaml: ")
     assert [part for part in said if part not in str(error.value)] == []
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail whatever would start an actor or fetch a model."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a mistake must be refused before anything starts")
+
+    for name in ("jobs.run.ray_session", "jobs.run.resolve_checkpoint"):
+        monkeypatch.setattr(name, refuse)
+
+
+def refused(arguments: list[str]) -> str:
+    """What the command line says about a mistake, in one line; the CPU time it took stands for a quiet machine's."""
+    started_s = time.process_time()
+    done = CliRunner().invoke(app, arguments)
+    assert time.process_time() - started_s < REFUSED_WITHIN_S
+    assert (done.exit_code, done.stdout) == (2, ""), done.output
+    return " ".join(done.stderr.replace("│", " ").split())
+
+
+IN_A_FILE = {name: case for name, case in WRONG.items() if name != "bytes"}  # YAML has no such thing
+
+
+@pytest.mark.parametrize(("wrong", "said"), IN_A_FILE.values(), ids=IN_A_FILE)
+def test_a_wrong_job_file_is_refused_at_once(
+    tmp_path: Path, no_ray: None, wrong: dict[str, Any], said: list[str]
+) -> None:
+    answer = refused(["run", str(write(tmp_path, yaml.safe_dump(wrong)))])
+    assert [part for part in said if part not in answer] == []
+
+
+@pytest.mark.parametrize(("arguments", "said"), WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS)
+def test_wrong_arguments_are_refused_at_once(tmp_path: Path, no_ray: None, arguments: list[str], said: str) -> None:
+    job = str(write(tmp_path, yaml.safe_dump(content())))
+    assert said in refused([job if word == "JOB" else word for word in arguments])
 
 
 def test_every_mistake_is_listed_and_nothing_else() -> None:
