@@ -86,6 +86,7 @@ class Gateway:
         processor = Processor.from_pretrained(options.model.id, options.model.revision)
         decoding = decoder_options(options.image, processor.config.image, _DECODER_MEMORY_BYTES)
         self._decoders = DecoderPool(decoding, options.decoders)
+        self._decoders.warm()
         service = ChatService(options, processor, self._decoders, ServeEngines(engines))
         bound = bind(options.host, options.port, shared=True)
         self._server = HttpServer(create_app(service, keys), bound, options.limits, DRAIN_S)

@@ -78,6 +78,11 @@ class DecoderPool:
         """Process ids of the children that run now."""
         return [decoder.pid for decoder in self._decoders if decoder.pid is not None]
 
+    def warm(self) -> None:
+        """Start the children ahead of the first image."""
+        for decoder in self._decoders:
+            self._threads.submit(decoder.prepare, [b""])
+
     async def split(self, data: bytes, policy: ImagePolicy) -> SplitImage:
         """Decode and split one image; waits while all decoders are busy. Raises ImageRefused."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._split, data, policy)
