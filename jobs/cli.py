@@ -1,6 +1,7 @@
 """`smolvlm …`: parse, call, print.
 
-Exit codes: 0 done, 1 verify found something or the run broke, 2 wrong use, 3 too many error rows, 130 interrupted.
+Exit codes: 0 done, 1 verify found something or the run broke, 2 wrong use, 3 too many error rows, 4 stopped at a limit
+of the job, 130 interrupted.
 
 Output: with --json, stdout holds exactly one JSON object and progress goes to stderr. Without it, a terminal gets a
 live display and a summary, and anything else gets one JSON object a line on stdout, the last one being the summary.
@@ -14,10 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs import commands_cluster
+from jobs import commands_cluster, commands_output
 from jobs.command_line import (
     FAILED,
     INTERRUPTED,
+    LIMIT_REACHED,
     OK,
     TOO_MANY_ERRORS,
     Address,
@@ -94,21 +96,6 @@ def _one_task_command(task: Mapping[str, Any]) -> Callable[..., None]:
 
 app.command("caption", help="Describe every image of SRC.")(_one_task_command(CAPTION))
 app.command("ocr", help="Transcribe the text of every image of SRC.")(_one_task_command(OCR))
-
-
-@app.command()
-def verify(
-    destination: Annotated[str, typer.Argument(metavar="DEST")],
-    endpoint_url: EndpointUrl = None,
-    as_json: Json = False,
-) -> None:
-    """Check that every input of DEST has exactly one row; exit with 1 if not."""
-    from jobs.verify import verify as check
-
-    with plain_errors():
-        report = check(destination, endpoint_url)
-    print(json.dumps(report.to_json()) if as_json else report.to_text())
-    raise typer.Exit(OK if report.passed else FAILED)
 
 
 @app.command()
@@ -282,6 +269,7 @@ def schema() -> None:
 
 
 commands_cluster.register(app)
+commands_output.register(app)
 
 
 def main() -> None:
@@ -300,6 +288,6 @@ def _run(content: Mapping[str, Any], origin: str, address: str | None, max_error
         summary = execute(job, shown, address)
     human = sys.stdout.isatty() and not as_json
     print(summary_text(summary) if human else json.dumps(summary_object(summary)))
-    if summary.interrupted:
-        raise typer.Exit(INTERRUPTED)
+    if summary.interrupted or summary.stopped_by:
+        raise typer.Exit(INTERRUPTED if summary.interrupted else LIMIT_REACHED)
     raise typer.Exit(TOO_MANY_ERRORS if summary.error > max_error_share * summary.rows else OK)

@@ -10,7 +10,7 @@ import typer
 
 from pipeline.errors import ConfigError, PipelineError
 
-OK, FAILED, WRONG_USE, TOO_MANY_ERRORS, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, WRONG_USE, TOO_MANY_ERRORS, LIMIT_REACHED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml")]
 Limit = Annotated[int | None, typer.Option(help="Take only the first N images of the source.")]

@@ -1,8 +1,5 @@
 """`evaluation.html`: one page without scripts or outside parts, with the table and the worst readings as pictures."""
 
-import base64
-import hashlib
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -10,6 +7,7 @@ from typing import Any
 from PIL import Image
 from rapidfuzz.distance import Levenshtein
 
+from jobs import html_page
 from jobs.evaluation_report import HEADINGS, remarks, table
 from jobs.readings import Documents, Reading
 from pipeline.errors import RowError
@@ -57,23 +55,16 @@ def worst(readings: Sequence[Reading]) -> list[Reading]:
 
 def page(content: Mapping[str, Any], cases: Sequence[Reading], documents: Documents) -> str:
     """Return the page. The pictures of `cases` are read again from `documents`."""
-    style_hash = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style_hash}'"
     images = documents.read([case.index for case in cases])
     shown = [_case(case, image) for case, image in zip(cases, images, strict=True)]
-    return "".join(
-        (
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">',
-            '<meta name="viewport" content="width=device-width"><title>Evaluation</title>',
-            f"<style>{_STYLE}</style></head><body><main><h1>Evaluation</h1>",
-            _facts(content),
-            _table(content),
-            _paragraphs([*remarks(content), f"Normalisation: {content['normalisation']}."]),
-            f"<h2>Worst readings</h2>{''.join(shown) or '<p>Every document was read without an error.</p>'}",
-            "</main></body></html>",
-        )
+    body = (
+        "<h1>Evaluation</h1>",
+        _facts(content),
+        _table(content),
+        _paragraphs([*remarks(content), f"Normalisation: {content['normalisation']}."]),
+        f"<h2>Worst readings</h2>{''.join(shown) or '<p>Every document was read without an error.</p>'}",
     )
+    return html_page.document("Evaluation", _STYLE, "".join(body))
 
 
 def _by_rate(case: tuple[float, Reading]) -> tuple[float, int]:
@@ -164,24 +155,4 @@ def _picture(image: Any, name: str) -> str:
         return f"<p>{escape(image.message)}</p>"
     picture = decode_image(image.data).image
     picture.thumbnail((_PICTURE_EDGE, _PICTURE_EDGE), Image.Resampling.LANCZOS)
-    kind, data = _encoded(picture)
-    size = f'width="{picture.width}" height="{picture.height}"'
-    return f'<img {size} alt="{escape(name)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
-
-
-def _encoded(picture: Image.Image) -> tuple[str, bytes]:
-    """Return a format and the bytes: without loss where that is small enough, else as a JPEG of what quality fits."""
-    data = _saved(picture, "PNG")
-    if len(data) <= _PICTURE_BYTES:
-        return "png", data
-    for quality in (85, 60, 30, 10):
-        data = _saved(picture, "JPEG", quality=quality)
-        if len(data) <= _PICTURE_BYTES:
-            break
-    return "jpeg", data
-
-
-def _saved(picture: Image.Image, kind: str, **options: int) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
+    return html_page.picture(picture, name, _PICTURE_BYTES)

@@ -99,6 +99,8 @@ def summary_object(summary: Summary) -> dict[str, Any]:
 def summary_text(summary: Summary) -> str:
     """Return the last lines of a run for a person."""
     state = "stopped early; run the same job again to finish it" if summary.interrupted else "finished"
+    if summary.stopped_by:
+        state = f"stopped at limits.{summary.stopped_by}; raise it and run the same job again to go on"
     lines = [
         f"{state}: {summary.rows:,} rows of {summary.inputs:,} images ({summary.ok:,} ok, {summary.error:,} errors)",
         f"{summary.images_per_s:,.2f} images/s, {summary.output_tokens:,} tokens in {duration(summary.elapsed_s)}",

@@ -1,27 +1,32 @@
-"""Count the rows of a destination against its manifest: every input exactly once, every file readable to the end."""
+"""Check an output against its manifest and its own account: every input exactly once, every file as it was written."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from jobs.stored import StoredJob, stored_job
+from jobs.verify_file import CheckedFile, FileChecker, Problem
+from pipeline.claim import fingerprint_digest
 from pipeline.errors import ConfigError
+from pipeline.finish import read_success
 from pipeline.manifest import Manifest, load_manifest
+from pipeline.records import output_schema
 from pipeline.storage import Location
 
-_BATCH_ROWS = 8192
-_COLUMNS = ("shard_id", "row", "status", "error")
+_PROBLEMS_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a destination holds. `duplicate` counts the rows beyond the one that each input owes."""
+    """What a destination holds. `duplicate` counts the rows beyond the one that each input owes.
+
+    `unreadable` files cannot be read to their end as what the job writes; none of their rows count.
+    """
 
     inputs: int
     rows: int
@@ -31,28 +36,30 @@ class Report:
     duplicate: int
     unreadable: int
     errors_by_code: dict[str, int]
-    unreadable_files: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether every input has exactly one row, ok or error, in a file that reads to its end."""
-        exact = not (self.missing or self.duplicate or self.unreadable)
+        """Whether every input has exactly one row, ok or error, in a file that is as the job wrote it."""
+        exact = not (self.missing or self.duplicate or self.problems)
         return exact and self.rows == self.inputs == self.ok + self.error
 
     def to_json(self) -> dict[str, Any]:
-        """Return the counts, without the file names."""
-        return {key: value for key, value in asdict(self).items() if key != "unreadable_files"}
+        """Return it for programs."""
+        return {**asdict(self), "problems": [asdict(problem) for problem in self.problems]}
 
     def to_text(self) -> str:
         """Return the report for a person."""
         lines = [f"{name:11}{value:>12,}" for name, value in self.to_json().items() if isinstance(value, int)]
         lines += [f"  error {code}: {count:,}" for code, count in self.errors_by_code.items()]
-        lines += [f"  unreadable: {name}" for name in self.unreadable_files]
+        lines += [f"  {each.kind}: {each.file}: {each.detail}" for each in self.problems[:_PROBLEMS_SHOWN]]
+        if len(self.problems) > _PROBLEMS_SHOWN:
+            lines.append(f"  and {len(self.problems) - _PROBLEMS_SHOWN:,} more problems; --json lists all")
         return "\n".join([*lines, "every input has exactly one row" if self.passed else "NOT complete"])
 
 
 def verify(uri: str, endpoint_url: str | None = None) -> Report:
-    """Read the manifest and every Parquet file below `uri`; a byte per input is held in memory.
+    """Read the manifest and every byte of every Parquet file below `uri`; a byte per input is held in memory.
 
     Raises ConfigError if there is no complete manifest, so that nothing says what the rows should be.
     """
@@ -61,67 +68,86 @@ def verify(uri: str, endpoint_url: str | None = None) -> Report:
     if manifest is None:
         remedy = "check the address; if the job stopped while listing its source, run it again"
         raise ConfigError(f"{uri}: no complete manifest here, so no job output to verify; {remedy}")
+    stored = stored_job(uri, endpoint_url)
+    checker = FileChecker(
+        destination, manifest, output_schema(stored.job.tasks), fingerprint_digest(stored.fingerprint)
+    )
     tally = _Tally(manifest)
     for file in _data_files(destination):
-        tally.add_file(file)
-    return tally.report()
-
-
-@dataclass
-class _FileRows:
-    """What one file says: the global row numbers (-1 where it names no input), statuses and error codes."""
-
-    index: list[npt.NDArray[np.int64]] = field(default_factory=list)
-    statuses: Counter[str] = field(default_factory=Counter)
-    codes: Counter[str] = field(default_factory=Counter)
-
-    def add(self, batch: pa.RecordBatch, manifest: Manifest) -> None:
-        shard, row = (_integers(batch.column(name)) for name in ("shard_id", "row"))
-        index = shard * manifest.rows_per_shard + row
-        inside = (shard >= 0) & (row >= 0) & (row < manifest.rows_per_shard) & (index < manifest.rows)
-        self.index.append(np.where(inside, index, -1))
-        self.statuses.update(value for value in batch.column("status").to_pylist() if value)
-        failed = batch.filter(pc.fill_null(pc.equal(batch.column("status"), "error"), False))
-        self.codes.update(code or "unknown" for code in pc.struct_field(failed.column("error"), "code").to_pylist())
+        tally.add(checker.check(file))
+    return tally.report([*_job_problems(stored), *_success_problems(destination, tally)])
 
 
 class _Tally:
+    """Adds files up; `digests` and `counts` are those of what is there."""
+
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._seen: npt.NDArray[np.bool_] = np.zeros(manifest.rows, dtype=np.bool_)
-        self._statuses: Counter[str] = Counter()
-        self._codes: Counter[str] = Counter()
-        self._rows = 0
-        self._unreadable: list[str] = []
+        self._problems: list[Problem] = []
+        self.counts: Counter[str] = Counter()
+        self.rows = 0
+        self.digests: dict[str, str] = {}
 
-    def add_file(self, file: Location) -> None:
-        rows = _FileRows()
-        try:
-            for batch in _batches(file):
-                rows.add(batch, self._manifest)
-        except (OSError, pa.ArrowException, KeyError):
-            # None of its rows count: a reader of the output cannot open it either.
-            self._unreadable.append(file.uri)
-            return
-        for index in rows.index:
-            self._rows += len(index)
-            self._seen[index[index >= 0]] = True
-        self._statuses.update(rows.statuses)
-        self._codes.update(rows.codes)
+    def add(self, file: CheckedFile) -> None:
+        self.digests[file.name] = file.sha256
+        self._problems += file.problems
+        self.rows += len(file.numbers)
+        self._seen[file.numbers[file.numbers >= 0]] = True
+        self.counts += file.counts
 
-    def report(self) -> Report:
+    def report(self, more: list[Problem]) -> Report:
         present = int(self._seen.sum())
+        problems = sorted([*self._problems, *more], key=lambda each: (each.file, each.kind))
+        codes = {key.removeprefix("error."): n for key, n in self.counts.items() if key.startswith("error.")}
         return Report(
             inputs=self._manifest.rows,
-            rows=self._rows,
-            ok=self._statuses["ok"],
-            error=self._statuses["error"],
+            rows=self.rows,
+            ok=self.counts["ok"],
+            error=self.counts["error"],
             missing=self._manifest.rows - present,
-            duplicate=self._rows - present,
-            unreadable=len(self._unreadable),
-            errors_by_code=dict(sorted(self._codes.items())),
-            unreadable_files=tuple(sorted(self._unreadable)),
+            duplicate=self.rows - present,
+            unreadable=sum(problem.kind in ("unreadable", "schema") for problem in problems),
+            errors_by_code=dict(sorted(codes.items())),
+            problems=tuple(problems),
         )
+
+
+def _job_problems(stored: StoredJob) -> Iterator[Problem]:
+    """A local checkpoint stands in the fingerprint by its content, which is not there to compare."""
+    wanted = json.loads(json.dumps(stored.job.fingerprint()))
+    by_content = "model.content" in stored.fingerprint
+    changed = [
+        key
+        for key in sorted({*wanted, *stored.fingerprint} - ({"model.id", "model.content"} if by_content else set()))
+        if wanted.get(key) != stored.fingerprint.get(key)
+    ]
+    if changed:
+        yield Problem("job", "_job.json", f"its fingerprint is not that of its job: {', '.join(changed)}")
+
+
+def _success_problems(destination: Location, tally: _Tally) -> Iterator[Problem]:
+    """Compare `_SUCCESS.json` with what is there: files dropped, added or changed since the job finished."""
+    try:
+        content = read_success(destination)
+        if content is None:
+            yield Problem("unfinished", "_SUCCESS.json", "not there; run the same job, or the retry, again to its end")
+            return
+        digests = {name: file["sha256"] for name, file in content["files"].items()}
+        counts = {name: content[name] for name in ("rows", "ok", "error")}
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        yield Problem("unreadable", "_SUCCESS.json", f"{type(error).__name__}: {error}")
+        return
+    for name in sorted(digests.keys() - tally.digests.keys()):
+        yield Problem("dropped", name, "listed in _SUCCESS.json, but gone")
+    for name in sorted(tally.digests.keys() - digests.keys()):
+        yield Problem("added", name, "not listed in _SUCCESS.json")
+    for name in sorted(digests.keys() & tally.digests.keys()):
+        if digests[name] != tally.digests[name]:
+            yield Problem("changed", name, "its digest is not that in _SUCCESS.json")
+    found = {"rows": tally.rows, "ok": tally.counts["ok"], "error": tally.counts["error"]}
+    if counts != found:
+        yield Problem("totals", "_SUCCESS.json", f"it says {counts}, the files hold {found}")
 
 
 def _data_files(destination: Location) -> Iterator[Location]:
@@ -131,17 +157,3 @@ def _data_files(destination: Location) -> Iterator[Location]:
         # A leading dot is a write under way on a local file system; readers skip it as well.
         if name.endswith(".parquet") and not name.startswith("."):
             yield directory.at(found.uri)
-
-
-def _batches(file: Location) -> Iterator[pa.RecordBatch]:
-    """Yield the whole file, every column, so that damage anywhere in it shows; memory is that of a row group."""
-    with file.open() as handle:
-        reader = pq.ParquetFile(handle, page_checksum_verification=True)
-        missing = set(_COLUMNS) - set(reader.schema_arrow.names)
-        if missing:
-            raise KeyError(", ".join(sorted(missing)))
-        yield from reader.iter_batches(batch_size=_BATCH_ROWS, use_threads=False)
-
-
-def _integers(column: pa.Array) -> npt.NDArray[np.int64]:
-    return pc.fill_null(column.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pipeline.job import Job
 from pipeline.storage import Location
 from smolvlm.hub import resolve_checkpoint
 
+FINGERPRINT_KEY = "smolvlm.fingerprint"
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
@@ -50,14 +52,18 @@ def claim(destination: Location, job: Job) -> None:
 
 def file_metadata(job: Job) -> dict[str, str]:
     """Return what every Parquet file says about where its rows came from."""
-    digest = hashlib.sha256(json.dumps(fingerprint(job), sort_keys=True).encode()).hexdigest()
     return {
         "smolvlm.job": job.name,
-        "smolvlm.fingerprint": digest,
+        FINGERPRINT_KEY: fingerprint_digest(fingerprint(job)),
         "smolvlm.model": job.model.id,
         "smolvlm.revision": job.model.revision or "",
         "smolvlm.version": package_version(),
     }
+
+
+def fingerprint_digest(content: Mapping[str, Any]) -> str:
+    """Return the fingerprint in short, as every Parquet file carries it."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def package_version() -> str:

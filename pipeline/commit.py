@@ -61,11 +61,16 @@ def write_commit(destination: Location, table: pa.Table, rows_per_shard: int, me
     if ranges.count(rows) != table.num_rows:
         raise PipelineError(f"a commit of {table.num_rows} rows holds only {ranges.count(rows)} different ones")
     footer = json.dumps(_by_shard(rows, rows_per_shard), separators=(",", ":")).encode()
-    name = hashlib.sha256(footer).hexdigest()[:32] + ".parquet"
+    name = file_name(footer)
     given = {key.encode(): value.encode() for key, value in metadata.items()}
     pairs = {TIME_KEY: f"{time.time():.3f}".encode(), **given, ROWS_KEY: footer}
     data_directory(destination).child(name).put_if_absent(to_parquet(table.replace_schema_metadata(pairs)))
     return Commit(name, rows, float(pairs[TIME_KEY]))
+
+
+def file_name(footer: bytes) -> str:
+    """Return the name of the file whose footer has this at ROWS_KEY."""
+    return hashlib.sha256(footer).hexdigest()[:32] + ".parquet"
 
 
 def in_order(table: pa.Table, rows_per_shard: int) -> pa.Table:
@@ -122,7 +127,8 @@ def _read_commit(location: Location, rows_per_shard: int) -> Commit:
 
 
 def _read_columns(location: Location, columns: Sequence[str]) -> pa.Table:
-    return _read(location, lambda file: pq.read_table(file, columns=list(columns)))
+    # A task's column may be named in parts: `caption.finish_reason`.
+    return _read(location, lambda file: pq.ParquetFile(file).read(columns=list(columns)))
 
 
 def _read(location: Location, read: Callable[[Any], T]) -> T:

@@ -80,7 +80,7 @@ def test_run_verify_and_resume(tmp_path: Path, tiny_checkpoint: Path, ray_cluste
     checked = verified(tmp_path / "out", "--json")
     assert checked.exit_code == 0
     counts = {"inputs": 5, "rows": 5, "ok": 4, "error": 1, "missing": 0, "duplicate": 0, "unreadable": 0}
-    assert json.loads(checked.stdout) == {**counts, "errors_by_code": summary["errors_by_code"]}
+    assert json.loads(checked.stdout) == {**counts, "errors_by_code": summary["errors_by_code"], "problems": []}
 
     next((tmp_path / "out" / "data").glob("*.parquet")).unlink()
     damaged = smolvlm("verify", tmp_path / "out", "--json")
