@@ -15,7 +15,7 @@ from smolvlm.training.plan import TrainingPlan
 from smolvlm.training.plot import plot_metrics
 from smolvlm.training.probe import Score
 
-_STOPPING = "stopping: a checkpoint is saved after this step; interrupt again to abort"
+STOPPING = "stopping: a checkpoint is saved after this step; interrupt again to abort"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def train(plan: TrainingPlan, display: Display) -> Summary:
     """
     started = time.monotonic()
     shown = _Shown(plan, display)
-    with draining(shown.stop, display.say, _STOPPING):
+    with draining(shown.stop, display.say, STOPPING):
         if plan.processes > 1:
             with ray_session():
                 model = train_plan(plan, shown, shown.stop.is_set)
@@ -86,9 +86,8 @@ def summary_text(summary: Summary) -> str:
     if summary.state is not None:
         lines.append("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in summary.state.losses.items()))
         if summary.state.score is not None:
-            lines.append(
-                "last score: " + ", ".join(f"{name} {value:.4g}" for name, value in summary.state.score.items())
-            )
+            cer, wer, exact = (summary.state.score[name] for name in ("cer", "wer", "exact"))
+            lines.append(f"last score: CER {cer:.1%}, WER {wer:.1%}, exact {exact:.1%}")
     if summary.model is not None:
         lines.append(f"model: {summary.model}")
     return "\n".join([*lines, f"curves: {summary.plot}", f"output: {summary.output}"])
