@@ -5,14 +5,15 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from pipeline.progress import Progress
-from pipeline.run import Summary
+if TYPE_CHECKING:
+    from pipeline.progress import Progress
+    from pipeline.run import Summary
 
 _LINE_PERIOD_S = 5.0
 
@@ -20,7 +21,7 @@ _LINE_PERIOD_S = 5.0
 class Display(Protocol):
     """Shows a run's progress; made by `display`."""
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: "Progress") -> None:
         """Show one state of the run."""
 
     def say(self, message: str) -> None:
@@ -47,7 +48,7 @@ class LineDisplay:
         self._last_s = 0.0
         self._held: Progress | None = None
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: "Progress") -> None:
         """Write the state, or hold it until five seconds have passed."""
         self._held = progress
         if time.monotonic() - self._last_s >= _LINE_PERIOD_S:
@@ -74,7 +75,7 @@ class BarDisplay:
         self._bar = bar
         self._task = bar.add_task("listing", total=None, rates="", errors="", left="")
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: "Progress") -> None:
         """Redraw."""
         self._bar.update(
             self._task,
@@ -91,12 +92,12 @@ class BarDisplay:
         self._bar.console.print(message, markup=False, highlight=False)
 
 
-def summary_object(summary: Summary) -> dict[str, Any]:
+def summary_object(summary: "Summary") -> dict[str, Any]:
     """Return the last object of a run."""
     return {"event": "summary", **asdict(summary)}
 
 
-def summary_text(summary: Summary) -> str:
+def summary_text(summary: "Summary") -> str:
     """Return the last lines of a run for a person."""
     state = "stopped early; run the same job again to finish it" if summary.interrupted else "finished"
     if summary.stopped_by:

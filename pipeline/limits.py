@@ -57,14 +57,16 @@ class Clock:
         self._timer.daemon = True
 
     def __enter__(self) -> "Clock":
-        self._timer.start()
+        if self._limit:
+            self._timer.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._timer.cancel()
-        self._timer.join()
+        if self._limit:
+            self._timer.join()
 
     def _ring(self) -> None:
         self.reached = self._limit
