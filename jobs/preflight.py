@@ -64,7 +64,7 @@ def preflight(job: Job, secrets: Sequence[str] = ()) -> list[Check]:
 def _node(described: dict[str, Any], job: Job) -> Node:
     resources = described["Resources"]
     place = NodeAffinitySchedulingStrategy(described["NodeID"], soft=False)
-    actor = ray.remote(Inspector)
+    actor: Any = ray.remote(Inspector)
     inspector = actor.options(num_cpus=0, scheduling_strategy=place).remote()
     loading, gpus, wanted = None, resources.get("GPU", 0.0), job.engine.gpus
     if job.engine.mode == "dedicated" and gpus >= wanted:
@@ -187,7 +187,8 @@ def _check_destination(job: Job, node: Node) -> Check:
 
 def _check_weights(node: Node) -> Check:
     remedy = "check model.id and HF_TOKEN, that the node reaches the hub or has the directory, and that its GPU is free"
-    return _tried("weights", node.address, lambda: f"loaded in {ray.get(node.loading, timeout=LOAD_S):.1f} s", remedy)
+    loading: Any = node.loading
+    return _tried("weights", node.address, lambda: f"loaded in {ray.get(loading, timeout=LOAD_S):.1f} s", remedy)
 
 
 def _tried(name: str, address: str, call: Callable[[], str], remedy: str) -> Check:

@@ -53,6 +53,7 @@ def cluster(canaries: dict[str, str]) -> Iterator[LocalCluster]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in canaries.items():
             patch.setenv(name, value)
+        patch.setenv("RAY_worker_niceness", "0")  # at Ray's 15, whatever else runs here goes before the job
         with local_cluster(nodes=2, cpus=2, object_store_bytes=1_200_000_000) as running:
             yield running
 
