@@ -138,7 +138,7 @@ def test_compiled_training_is_training(plan_of: Any, make: ExampleMaker) -> None
     ours, theirs = train(plain, make), train(compiled, make)
     for one, other in zip(ours, theirs, strict=True):
         assert one.losses == pytest.approx(other.losses, rel=1e-4)
-    torch.testing.assert_close(weights(compiled), weights(plain), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(weights(compiled), weights(plain), atol=5e-4, rtol=1e-2)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_before_it_does_harm(plan_of: Any, make: ExampleMaker) -> None:

@@ -1,0 +1,27 @@
+"""The comparison of training loops runs and ends with its JSON line; its figures are not judged here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_both_train_the_same_model_on_the_same_batches() -> None:
+    command = [sys.executable, "benchmarks/training.py", "jobs/examples/train_overfit.yaml", "--smoke"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    ours, theirs = (report["details"][name] for name in ("ours", "transformers"))
+    # Before a step, and after one with the same gradient and optimizer.
+    assert ours["first_losses"] == pytest.approx(theirs["first_losses"], rel=2e-3)
+    assert ours["first_losses"][0] != ours["first_losses"][1]
+    assert report["ratio"] == pytest.approx(report["ours"] / report["peer"], rel=1e-2)
+    assert 0 < ours["percent_of_peak"] < 100
+    assert report["parameters"] > 100_000
+    assert report["gflop_per_sample"] > 0
