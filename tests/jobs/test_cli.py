@@ -89,6 +89,23 @@ def test_run_verify_and_resume(tmp_path: Path, tiny_checkpoint: Path, ray_cluste
     assert verified(tmp_path / "out").stdout.splitlines()[-1] == "NOT complete"
 
 
+def test_a_limit_ends_a_run_with_4_and_a_higher_one_goes_on(
+    tmp_path: Path, tiny_checkpoint: Path, ray_cluster: str
+) -> None:
+    images = draw_images(tmp_path / "images", 6)
+    for most, code, limit in ((4, 4, "max_images"), (9, 0, None)):
+        job = write_job(tmp_path, tiny_checkpoint, images, limits={"max_images": most})
+        done = smolvlm("run", job, "--json", "--address", ray_cluster)
+        assert done.returncode == code, done.stderr
+        assert {"rows": min(most, 6), "stopped_by": limit, "interrupted": False}.items() <= json.loads(
+            done.stdout
+        ).items()
+    job = write_job(tmp_path, tiny_checkpoint, images, limits={"finish_by": "2020-01-01T00:00:00Z"})
+    late = smolvlm("run", job, "--json", "--address", ray_cluster)
+    assert (late.returncode, late.stdout) == (2, "")
+    assert "limits.finish_by: 2020-01-01T00:00:00Z has passed" in late.stderr
+
+
 def test_from_s3_to_s3_with_options_over_the_job_file(
     tmp_path: Path, tiny_checkpoint: Path, ray_cluster: str, s3: str
 ) -> None:
