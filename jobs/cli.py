@@ -8,6 +8,7 @@ live display and a summary, and anything else gets one JSON object a line on std
 """
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -274,6 +275,8 @@ commands_output.register(app)
 
 def main() -> None:
     """Entry point of the console script."""
+    # Scripts start their background jobs with SIGINT ignored; one that is sent all the same means what it says.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     app()
 
 
