@@ -101,10 +101,9 @@ def train_in_processes(
             has_told = True
             board.stop.remote()
         _pass_on(board, on_step)
+        _raise_mistake(board)
     _pass_on(board, on_step)
-    mistake: ValueError | None = ray.get(board.mistake.remote())
-    if mistake is not None:
-        raise mistake
+    _raise_mistake(board)
     if fitting.error is not None:
         raise PipelineError(
             f"the processes died more than {MAX_RESTARTS} times; the last checkpoint stands. The last death: "
@@ -181,6 +180,13 @@ def _check_room(plan: TrainingPlan) -> None:
 def _pass_on(board: Any, on_step: Listener) -> None:
     for report, score in ray.get(board.take.remote()):
         on_step(report, score)
+
+
+def _raise_mistake(board: Any) -> None:
+    """At once: Ray Train will start the processes again, and they will find the mistake noted and end."""
+    mistake: ValueError | None = ray.get(board.mistake.remote())
+    if mistake is not None:
+        raise mistake
 
 
 def _last_line(error: Exception) -> str:

@@ -25,13 +25,15 @@ def plot_metrics(output: Path) -> Path:
     steps = [line for line in lines if "losses" in line]
     if not steps:
         raise ValueError(f"{output} holds no step in its metrics; train first")
-    figure = Figure(figsize=(9, 9), layout="constrained")
-    above, middle, below = figure.subplots(3, 1, sharex=True)
-    _draw_losses(above, steps)
-    _draw_rates(middle, steps)
-    _draw_scores(below, [line for line in lines if "score" in line])
-    _mark_stages([above, middle, below], steps)
-    below.set_xlabel("optimizer step")
+    scores = [line for line in lines if "score" in line]
+    figure = Figure(figsize=(9, 9 if scores else 6), layout="constrained")
+    panels = figure.subplots(3 if scores else 2, 1, sharex=True)
+    _draw_losses(panels[0], steps)
+    _draw_rates(panels[1], steps)
+    if scores:
+        _draw_scores(panels[2], scores)
+    _mark_stages(list(panels), steps)
+    panels[-1].set_xlabel("optimizer step")
     figure.savefig(output / PLOT_FILE, dpi=100)
     return output / PLOT_FILE
 
@@ -54,8 +56,7 @@ def _draw_rates(axes: Axes, steps: list[dict[str, Any]]) -> None:
 
 def _draw_scores(axes: Axes, scores: list[dict[str, Any]]) -> None:
     xs = [line["step"] for line in scores]
-    names = {"cer": "character error rate", "wer": "word error rate"} if scores else {}
-    for name, label in names.items():
+    for name, label in (("cer", "character error rate"), ("wer", "word error rate")):
         axes.plot(xs, [min(line["score"][name], 1.0) for line in scores], marker="o", label=label)
     axes.set_ylabel("errors (1 or more drawn as 1)")
     axes.set_ylim(0, 1.05)
