@@ -32,7 +32,8 @@ import torch
 from torch.utils.data import Dataset, SequentialSampler
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.training_file import load
+from jobs import documents
+from jobs.training_file import parse
 from smolvlm.training.batches import WINDOW_STEPS, Window, collate
 from smolvlm.training.documents import DocumentGenerator
 from smolvlm.training.examples import NO_TARGET, DrawDocument, Example, ExampleMaker
@@ -241,9 +242,12 @@ def _parameters(plan: TrainingPlan) -> list[torch.nn.Parameter]:
 
 def plan_of(args: argparse.Namespace, folder: Path) -> TrainingPlan:
     """The training file's model, prompt and precision with AdamW and one stage of next-token loss alone."""
-    given = load(args.training_file, str(folder / "run"))
-    if given.start.shape is None:
+    content = documents.read(args.training_file)
+    shape = content.get("start", {}).get("shape")
+    if shape is None:
         raise SystemExit(f"{args.training_file}: start.shape is missing; the benchmark makes its weights from it")
+    given = parse({**content, "start": {"shape": shape}, "output": str(folder / "run")}, str(args.training_file))
+    assert given.start.shape is not None
     last = given.stages[-1]
     batch_size = args.batch_size or last.batch_size
     stage = Stage("bench", args.steps, batch_size, (RATE, RATE), losses=Losses(), documents=last.documents)
@@ -268,7 +272,7 @@ def make_batches(plan: TrainingPlan, checkpoint: Path) -> list[list[Example]]:
     return [examples[start : start + stage.batch_size] for start in starts]
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("training_file", type=Path)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -284,7 +288,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = arguments(argv)
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as name:
         plan = plan_of(args, Path(name))
