@@ -113,10 +113,10 @@ class Guard:
                     if message["type"] == "http.disconnect":
                         return None
                     chunk = message.get("body", b"")
+                    if len(body) + len(chunk) > self._limits.max_body_bytes:
+                        raise self._too_large()  # whatever others may still send
                     take_bytes(len(chunk))
                     body += chunk
-                    if len(body) > self._limits.max_body_bytes:
-                        raise self._too_large()
                     more = message.get("more_body", False)
         except TimeoutError:
             raise ApiError(408, "body_timeout", "the body took too long to arrive") from None
