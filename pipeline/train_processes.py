@@ -126,6 +126,8 @@ class _Fitting(threading.Thread):
             self._trainer.fit()
         except Exception as error:  # whatever it is ends the training, in the thread that waits for it
             self.error = error
+        except SystemExit:  # Ray was shut down under it: nobody waits any more
+            return
 
 
 def _trainer(work: Work) -> TorchTrainer:
