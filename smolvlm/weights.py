@@ -79,10 +79,10 @@ def load_weights(model: SmolVLM, directory: Path) -> None:
         _check_tied(directory, tied_head, views[EMBEDDING_KEY])
 
 
-def save_weights(model: SmolVLM, directory: Path) -> Path:
-    """Write the model's weights under their published keys, in the model's dtype, to one `model.safetensors`."""
+def save_weights(model: SmolVLM, directory: Path, dtype: torch.dtype | None = None) -> Path:
+    """Write the model's weights under their published keys, in `dtype` or the model's, to one `model.safetensors`."""
     path = directory / WEIGHTS_FILE
-    tensors = {key: view.cpu().contiguous() for key, view in published_views(model).items()}
+    tensors = {key: view.to("cpu", dtype).contiguous() for key, view in published_views(model).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     return path
 

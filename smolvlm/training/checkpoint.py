@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smolvlm.model import SmolVLM
 from smolvlm.training.plan import TrainingPlan
-from smolvlm.weights import WEIGHTS_FILE, published_views
+from smolvlm.weights import WEIGHTS_FILE, save_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,10 +87,7 @@ def _write_model(model: SmolVLM, files_from: Path, directory: Path, dtype: str) 
             shutil.copyfile(file, directory / file.name)
     config = json.loads((files_from / "config.json").read_text(encoding="utf-8"))
     (directory / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=1) + "\n", encoding="utf-8")
-    on_disk = {
-        name: view.to("cpu", getattr(torch, dtype)).contiguous() for name, view in published_views(model).items()
-    }
-    save_file(on_disk, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_weights(model, directory, getattr(torch, dtype))
 
 
 def save_checkpoint(plan: TrainingPlan, step: int, model: SmolVLM, files_from: Path, state: Mapping[str, Any]) -> Path:

@@ -60,7 +60,7 @@ def test_an_error_while_saving_leaves_what_was_there(
     def full(*args: object, **options: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("smolvlm.training.checkpoint.save_file", full)
+    monkeypatch.setattr("smolvlm.weights.save_file", full)
     with pytest.raises(OSError, match="no space left"):
         save_model(model, fresh, folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
