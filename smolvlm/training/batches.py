@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -134,6 +136,7 @@ def steps(windows: Windows, first: int, last: int, workers: int) -> Iterator[lis
         num_workers=workers,
         multiprocessing_context="spawn" if workers else None,
         prefetch_factor=2 if workers else None,
+        worker_init_fn=_end_at_once if workers else None,
     )
     with _interrupts_ignored():
         windows_in_order = iter(loader)
@@ -145,6 +148,12 @@ def steps(windows: Windows, first: int, last: int, workers: int) -> Iterator[lis
             if first <= step < last:
                 yield micro_batches
             step += 1
+
+
+def _end_at_once(_: int) -> None:
+    """A data worker that is told to end may still be sending tensors from a second thread; an interpreter that goes away
+    under that thread aborts."""
+    atexit.register(os._exit, 0)
 
 
 @contextmanager

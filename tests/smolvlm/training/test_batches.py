@@ -101,6 +101,14 @@ def test_data_workers_change_nothing(make: ExampleMaker) -> None:
     assert all_equal(steps(windows(make), 3, 12, workers=1), steps(windows(make), 3, 12, workers=0))
 
 
+def test_data_workers_end_in_silence_wherever_they_are(make: ExampleMaker, capfd: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        drawn = steps(windows(make), 0, 1000, workers=2)
+        next(drawn)
+        drawn.close()  # each of them is drawing or sending a window
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_example_is_named_when_its_window_is_reached(make: ExampleMaker, workers: int) -> None:
     source = windows(make, empty_from=40)
