@@ -151,8 +151,8 @@ def steps(windows: Windows, first: int, last: int, workers: int) -> Iterator[lis
 
 
 def _end_at_once(_: int) -> None:
-    """A data worker that is told to end may still be sending tensors from a second thread; an interpreter that goes away
-    under that thread aborts."""
+    """A data worker that is told to end may still be sending tensors from a second thread, and an interpreter that goes
+    away under it aborts."""
     atexit.register(os._exit, 0)
 
 
