@@ -22,10 +22,18 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) ->
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)  # [B, heads, T, T]
-    if is_causal:
-        scores = scores.masked_fill(later_keys(q.shape[-2], q.device), -torch.inf)
-    return scores.softmax(-1).to(v.dtype) @ v
+    """All in the dtype of v: autocast would copy the scores, by far the largest tensors, to float32 and back."""
+    q, k = (q / math.sqrt(q.shape[-1])).to(v.dtype), k.to(v.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q @ k.transpose(-1, -2)  # [B, heads, T, T]
+        if is_causal:
+            scores += _causal_bias(q)
+        return scores.softmax(-1) @ v
+
+
+def _causal_bias(q: Tensor) -> Tensor:
+    """[T, T]: -inf where a key comes after its query. Adding it takes no backward pass over the scores; a mask does."""
+    return torch.full((q.shape[-2],) * 2, -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
 
 
 def later_keys(num_tokens: int, device: torch.device) -> Tensor:

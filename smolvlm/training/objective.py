@@ -95,6 +95,7 @@ def reading_layers(num_layers: int) -> tuple[int, ...]:
 
 def reading_loss(q: Tensor, k: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of the first head's attention: q [B, heads, L, D], k [B, kv_heads, L, D], targets int64 [B, L]."""
-    scores = (q[:, 0].float() / q.shape[-1] ** 0.5) @ k[:, 0].float().transpose(1, 2)  # [B, L, L]
-    scores = scores.masked_fill(later_keys(scores.shape[-1], scores.device), -torch.inf)
-    return F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET)
+    first = int((targets != NO_TARGET).any(0).int().argmax())  # answers stand behind the image tokens
+    scores = (q[:, 0, first:].float() / q.shape[-1] ** 0.5) @ k[:, 0].float().transpose(1, 2)  # [B, L - first, L]
+    scores = scores.masked_fill(later_keys(targets.shape[1], scores.device)[first:], -torch.inf)
+    return F.cross_entropy(scores.flatten(0, 1), targets[:, first:].flatten(), ignore_index=NO_TARGET)

@@ -62,3 +62,13 @@ def test_bfloat16_stays_bfloat16() -> None:
 
 def test_later_keys() -> None:
     assert later_keys(3, torch.device("cpu")).tolist() == [[False, True, True], [False, False, True], [False] * 3]
+
+
+def test_under_autocast_it_computes_in_the_dtype_of_the_values() -> None:
+    """Rotated queries and keys are float32 there."""
+    q, k, v = heads(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = dense_attention(q, k, v.bfloat16(), is_causal=True)
+    assert out.dtype == torch.bfloat16
+    expected = dense_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), is_causal=True)
+    torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
