@@ -42,7 +42,8 @@ class ManifestSource(Datasource):
     def _task(self, piece: Ranges) -> ReadTask:
         rows = ranges.count(piece)
         metadata = BlockMetadata(num_rows=rows, size_bytes=rows * _BYTES_PER_ROW, input_files=None, exec_stats=None)
-        return ReadTask(partial(_read, self._destination, self._manifest, piece), metadata, schema=MANIFEST_SCHEMA)
+        manifest = self._manifest.around(piece)
+        return ReadTask(partial(_read, self._destination, manifest, piece), metadata, schema=MANIFEST_SCHEMA)
 
 
 def _read(destination: Location, manifest: Manifest, piece: Ranges) -> Iterator[pa.Table]:

@@ -13,7 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import ranges
-from pipeline.commit import Commit, committed_counts, data_directory, row_numbers, write_commit
+from pipeline.commit import (
+    Commit,
+    committed_counts,
+    committed_rows,
+    data_directory,
+    row_numbers,
+    write_commit,
+)
 from pipeline.manifest import Manifest
 from pipeline.ranges import Ranges
 from pipeline.storage import Location
@@ -37,6 +44,8 @@ def resolve_overlaps(destination: Location, commits: list[Commit], manifest: Man
     Only a second driver that outlived its lease can have made any. The smaller file is written before the larger goes,
     so no row is missing at any moment.
     """
+    if ranges.count(committed_rows(commits)) == sum(ranges.count(commit.rows) for commit in commits):
+        return commits
     kept: list[Commit] = []
     held = ranges.empty()
     for commit in commits:

@@ -7,9 +7,10 @@ died half-way leaves nothing that anyone reads. Row numbers run through: `shard_
 import io
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from uuid import uuid4
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ from pipeline.records import MANIFEST_SCHEMA
 from pipeline.storage import Location
 
 ROWS_PER_SHARD = 1024
-_ROWS_PER_PART = 131_072
+_ROWS_PER_PART = 32_768  # what the driver holds at a time
 _ROWS_PER_GROUP = 8_192
 
 
@@ -44,6 +45,12 @@ class Manifest:
     def num_shards(self) -> int:
         """Number of shards, the last one perhaps smaller."""
         return -(-self.rows // self.rows_per_shard)
+
+    def around(self, wanted: Ranges) -> "Manifest":
+        """Return the manifest with only those parts that lie between the first and the last of the wanted rows."""
+        start, stop = wanted[0, 0], wanted[-1, 1]
+        parts = (part for part in self.parts if part.start < stop and part.start + part.rows > start)
+        return replace(self, parts=tuple(parts))
 
 
 def load_manifest(destination: Location) -> Manifest | None:
@@ -126,7 +133,7 @@ def _regroup(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 
 def _numbered(table: pa.Table, start: int) -> pa.Table:
-    numbers = pa.array(range(start, start + table.num_rows), pa.int64())
+    numbers = pa.array(np.arange(start, start + table.num_rows))
     shard = pc.divide(numbers, ROWS_PER_SHARD)
     row = pc.subtract(numbers, pc.multiply(shard, ROWS_PER_SHARD))
     columns = {"shard_id": shard.cast(pa.int32()), "row": row.cast(pa.int32())}

@@ -158,16 +158,16 @@ def _write_manifest(destination: Location, job: Job) -> Manifest:
 def _expand_on_cluster(expand: Expand, batches: Iterable[InputBatch]) -> Iterator[list[pa.Table]]:
     """Index archives with Ray tasks, a bounded number at a time, in order; plain objects need no task."""
     remote_expand = ray.remote(num_cpus=0.5, max_retries=3)(expand)
-    waiting: list[ray.ObjectRef[list[pa.Table]] | list[pa.Table]] = []
+    waiting: list[ray.ObjectRef[list[pa.Table]]] = []
     for batch in batches:
-        waiting.append(expand(batch) if batch.kind == "object" else remote_expand.remote(batch))
-        if len(waiting) >= _INDEX_TASKS_AT_ONCE:
-            yield _resolved(waiting.pop(0))
-    yield from map(_resolved, waiting)
-
-
-def _resolved(tables: "ray.ObjectRef[list[pa.Table]] | list[pa.Table]") -> list[pa.Table]:
-    return tables if isinstance(tables, list) else ray.get(tables)
+        if batch.kind != "object":
+            waiting.append(remote_expand.remote(batch))
+        # Rows of plain objects do not wait for others: those of many batches would fill the driver.
+        while waiting and (batch.kind == "object" or len(waiting) >= _INDEX_TASKS_AT_ONCE):
+            yield ray.get(waiting.pop(0))
+        if batch.kind == "object":
+            yield expand(batch)
+    yield from map(ray.get, waiting)
 
 
 def disjoint_commits(destination: Location, manifest: Manifest) -> list[Commit]:

@@ -6,11 +6,9 @@ with an error, never a gap.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from re import Pattern
 from re import compile as compile_regex
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 from fsspec.utils import glob_translate
@@ -24,7 +22,7 @@ from pipeline.uri_list import read_list
 
 LIST_SUFFIXES = frozenset({"csv", "jsonl", "ndjson"})
 _ROWS_PER_TABLE = 10_000
-_OBJECTS_PER_BATCH = 10_000
+_OBJECTS_PER_BATCH = 2_000
 _MANIFEST_COLUMNS = [name for name in MANIFEST_SCHEMA.names if name not in ("shard_id", "row")]
 _TABLE_SCHEMA = pa.schema([MANIFEST_SCHEMA.field(name) for name in _MANIFEST_COLUMNS])
 
@@ -77,7 +75,8 @@ def kind_of(uri: str, source: Source) -> Kind | None:
 
     An object without a suffix counts as an image: many buckets name them by hash.
     """
-    name = PurePosixPath(urlsplit(uri).path if "://" in uri else uri).name.lower()
+    path = uri.partition("?")[0].partition("#")[0] if "://" in uri else uri
+    name = path.rstrip("/").rpartition("/")[2].lower()
     suffix = name.rpartition(".")[2] if "." in name else ""
     found: Kind | None = None
     if suffix == "tar" or name.endswith(COMPRESSED_TARS):
@@ -140,11 +139,13 @@ def _split_glob(location: Location, glob: str | None) -> tuple[Location, Pattern
 
 
 def _matching(base: Location, pattern: Pattern[str] | None) -> Iterator[ObjectInfo]:
-    root = base.path.rstrip("/") + "/"
+    # `base.at(info.uri).path`, a million times, would take longer than reading the store's answers.
+    scheme = f"{base.protocol}://" if "://" in base.uri else ""
+    root = f"{scheme}{base.path.rstrip('/')}/"
     try:
         for info in base.list():
-            relative = base.at(info.uri).path.removeprefix(root)
-            is_named = relative == base.path  # the source is this one object
+            relative = info.uri.removeprefix(root)
+            is_named = info.uri == base.uri  # the source is this one object
             if is_named or (pattern.match(relative) if pattern else not _is_hidden(relative)):
                 yield info
     except (FileNotFoundError, PermissionError) as error:

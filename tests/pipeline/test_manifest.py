@@ -143,3 +143,13 @@ def test_writing_is_a_stream(destination: Location, monkeypatch: pytest.MonkeyPa
     one = table(0, 1000).nbytes
     assert found.rows == 100_000
     assert peak < 20 * one
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_task_carries_only_the_parts_that_it_reads(destination: Location) -> None:
+    found = write_manifest(destination, [table(0, 4500)])
+    wanted = ranges.of_rows([1999, 2000, 3999])
+    around = found.around(wanted)
+    assert [part.start for part in around.parts] == [1000, 2000, 3000]
+    assert (around.rows, around.rows_per_shard) == (found.rows, found.rows_per_shard)
+    assert uris(read_rows(destination, around, wanted)) == ["u1999", "u2000", "u3999"]
