@@ -63,9 +63,12 @@ def test_kuberay_pins_rays_version_and_asks_for_a_token(path: Path) -> None:
 @pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.name)
 def test_kuberay_groups_scale_between_bounds_and_share_memory(path: Path) -> None:
     spec = cluster_spec(path)
-    assert spec["enableInTreeAutoscaling"] is True
+    assert (spec["enableInTreeAutoscaling"], spec["autoscalerOptions"]["version"]) == (True, "v2")
+    fewest = 1 if path.stem == "rayservice" else 0  # an endpoint is always there, a job comes and goes
     for group in spec["workerGroupSpecs"]:
-        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        least = fewest if group["groupName"] == "generate" else 0
+        assert (group["minReplicas"], group["replicas"]) == (least, least)
+        assert group["maxReplicas"] > least
     for each in containers(path):
         assert each["resources"]["limits"] == each["resources"]["requests"]
         assert "/dev/shm" in [mount["mountPath"] for mount in each["volumeMounts"]]
@@ -82,16 +85,33 @@ def test_gpu_pods_tolerate_gpu_and_spot_taints(path: Path) -> None:
         assert "spot" in [each["key"] for each in other["tolerations"]]
 
 
-@pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.name)
-def test_a_dashboard_is_on_loopback_or_behind_a_policy(path: Path) -> None:
-    head = cluster_spec(path)["headGroupSpec"]
-    if head["rayStartParams"]["dashboard-host"] == "127.0.0.1":
-        return
-    policy = documents(path)[1]
-    assert policy["kind"] == "NetworkPolicy"
+OPERATOR = ("app.kubernetes.io/name", "kuberay-operator")
+DASHBOARD_CLIENTS = {
+    "rayjob": {OPERATOR, ("batch.kubernetes.io/job-name", "smolvlm-job")},
+    "rayservice": {OPERATOR},
+}
+
+
+def test_the_dashboard_of_a_cluster_is_on_loopback() -> None:
+    path = CLUSTER / "kuberay" / "raycluster.yaml"
+    assert cluster_spec(path)["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "127.0.0.1"
+    assert "dashboard" not in [port["name"] for port in containers(path)[0]["ports"]]
+
+
+@pytest.mark.parametrize("name", DASHBOARD_CLIENTS)
+def test_a_dashboard_that_the_operator_asks_is_open_to_nobody_else(name: str) -> None:
+    path = CLUSTER / "kuberay" / f"{name}.yaml"
+    head, policy = cluster_spec(path)["headGroupSpec"], documents(path)[1]
+    assert head["rayStartParams"]["dashboard-host"] == "0.0.0.0"
+    assert (policy["kind"], policy["spec"]["policyTypes"]) == ("NetworkPolicy", ["Ingress"])
     assert policy["spec"]["podSelector"]["matchLabels"] == head["template"]["metadata"]["labels"]
-    others = [rule for rule in policy["spec"]["ingress"] if {"port": 8265} in rule.get("ports", [])]
-    assert all(rule["from"] for rule in others)
+    own, *others = policy["spec"]["ingress"]
+    assert own == {"from": [{"podSelector": {"matchLabels": {"ray.io/is-ray-node": "yes"}}}]}
+    assert all(rule["ports"] for rule in others)  # a rule without ports would open them all
+    (dashboard,) = [rule for rule in others if {"port": 8265} in rule["ports"]]
+    assert dashboard["ports"] == [{"port": 8265}]
+    let_in = {pair for each in dashboard["from"] for pair in each["podSelector"]["matchLabels"].items()}
+    assert let_in == DASHBOARD_CLIENTS[name]
 
 
 def test_the_job_of_the_rayjob_is_one_that_the_command_line_takes() -> None:
@@ -116,6 +136,9 @@ def test_cloud_files_satisfy_rays_own_schema(path: Path) -> None:
     content = yaml.safe_load(path.read_text())
     validate_config({**prepare_config(content), "cluster_synced_files": []})
     assert content["head_node_type"] in content["available_node_types"]
+    workers = {name: node for name, node in content["available_node_types"].items() if name != "head"}
+    assert {name: node["min_workers"] for name, node in workers.items()} == {"prepare": 0, "generate": 0}
+    assert all(node["max_workers"] > 0 for node in workers.values())
 
 
 @pytest.mark.parametrize("path", CLOUDS, ids=lambda path: path.name)
