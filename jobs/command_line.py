@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, LeaseHeld, PipelineError
 
 OK, FAILED, WRONG_USE, TOO_MANY_ERRORS, LIMIT_REACHED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -43,7 +43,7 @@ def plain_errors(
         yield
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(WRONG_USE) from None
+        raise typer.Exit(WRONG_USE if isinstance(error, ConfigError | LeaseHeld) else FAILED) from None
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
