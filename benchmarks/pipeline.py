@@ -254,7 +254,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.repeats, arguments.images, arguments.engine_images, arguments.size = 1, 2000, 8, "tiny"
-    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        "local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+    )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     with tempfile.TemporaryDirectory() as folder:

@@ -42,7 +42,7 @@ def ray_cluster(s3: str) -> Iterator[str]:
     """Run Ray with two CPUs, workers inheriting the S3 credentials, and return its address."""
     import ray
 
-    context = ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    context = ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     yield str(context.address_info["address"])
     ray.shutdown()
