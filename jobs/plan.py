@@ -28,6 +28,7 @@ from pipeline.job import Job
 
 _KEPT_FOR_CALIBRATION = 32
 _SIGMAS = 2.0  # of the interval: about 95 of 100
+_NOISY = 0.05  # relative standard error of a calibration from which on the plan warns
 _HOUR_S = 3600.0
 
 
@@ -160,7 +161,26 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "seconds_per_tile": plan.profile.tile_s,
         "seconds_per_output_token": plan.profile.output_token_s,
         "load_seconds": plan.profile.load_s,
+        "calibration_rounds": plan.profile.rounds,
+        "calibration_spread": plan.profile.spread,
+        "warnings": warnings(plan),
     }
+
+
+def warnings(plan: Plan) -> list[str]:
+    """Return why the figures may be worth less than they look."""
+    profile, found = plan.profile, []
+    if profile.spread > _NOISY:
+        found.append(
+            f"the calibration is noisy: {profile.rounds} rounds leave ±{_SIGMAS * profile.spread:.0%}; was the machine "
+            "busy with something else? Plan again when it is not"
+        )
+    if not profile.output_token_s:
+        found.append(
+            "whole answers took no longer than single tokens, so their length counts for nothing here: they are too "
+            "short to measure, or the machine was busy with something else"
+        )
+    return found
 
 
 def total_bytes(plan: Plan) -> float:

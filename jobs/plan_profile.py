@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from jobs.shortcuts import has_gpu
 from pipeline.claim import package_version
@@ -17,8 +17,10 @@ from pipeline.generate import Answer
 from pipeline.job import Job, Task
 from smolvlm.image import Tiles
 
-_ROUNDS = 3
-_TILES_PER_ROUND = {"cpu": 16, "cuda": 512}  # enough to fill the encoder's batches
+_FEWEST_ROUNDS, _MOST_ROUNDS, _MOST_BATCHES = 3, 9, 4
+_BUDGET_S = 45.0  # after which no round is begun
+_ROUND_S = 8.0
+_CALM = 0.02  # relative standard error at which another round tells nothing new
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Profile:
     """One engine replica on one kind of hardware.
 
     `tile_s`: seconds a tile for the encoder and the prompts; `output_token_s`: seconds a token of an answer while a
-    full batch decodes; `spread`: relative, between repeated measurements; `load_s`: from nothing to a working engine.
+    full batch decodes; `spread`: relative standard error of both together, from `rounds` repeated measurements;
+    `load_s`: from nothing to a working engine.
     """
 
     hardware: str
@@ -47,6 +50,7 @@ class Profile:
     sequences: int
     tile_s: float
     output_token_s: float
+    rounds: int
     spread: float
     load_s: float
     lengths: tuple[TaskLength, ...]
@@ -101,8 +105,9 @@ def check_calibration(job: Job, gpu: str | None) -> None:
 def calibrate(job: Job, tiles: Sequence[Tiles]) -> Profile:
     """Run the job's engine on some of its images, in this process, and return how fast it is.
 
-    First the images alone (answers of one token), three times; then a full batch with whole answers, whose time beyond
-    that of its images is what the tokens take. No image is ever the same to the engine twice: nothing is cached.
+    The same images go through it twice in each of several rounds, first with answers of one token, then with whole
+    ones: what the whole ones take longer is what tokens take. No image is ever the same to the engine twice: nothing
+    is cached.
     """
     started = time.monotonic()
     worker = EngineWorker.for_job(job)
@@ -110,16 +115,12 @@ def calibrate(job: Job, tiles: Sequence[Tiles]) -> Profile:
     try:
         sequences = int(worker.status("calibration").stats["max_num_sequences"])
         _answers(worker, job.tasks, tiles[:1])  # what is compiled and allocated once
-        device = "cuda" if job.engine.gpus else "cpu"
-        tile_s = _tile_seconds(worker, job, tiles, _TILES_PER_ROUND[device])
-        batch = _cycled(tiles, -(-sequences // len(job.tasks)))
-        started = time.monotonic()
-        answers = _answers(worker, job.tasks, batch)
-        elapsed_s = time.monotonic() - started
+        rounds = _rounds(worker, job, tiles, -(-sequences // len(job.tasks)))
     finally:
         worker.close()
-    tokens = sum(answer.output_tokens for row in answers for answer in row)
-    images_s = mean(tile_s) * sum(len(each.pixels) for each in batch)
+    device = "cuda" if job.engine.gpus else "cpu"
+    images_s, whole_s = (median(each.images_s for each in rounds), median(each.whole_s for each in rounds))
+    answers = rounds[-1].answers
     return Profile(
         hardware=_hardware(device),
         device=device,
@@ -127,9 +128,10 @@ def calibrate(job: Job, tiles: Sequence[Tiles]) -> Profile:
         revision=job.model.revision,
         dtype=job.model.dtype,
         sequences=sequences,
-        tile_s=mean(tile_s),
-        output_token_s=max(elapsed_s - images_s, 0.0) / tokens,
-        spread=(max(tile_s) - min(tile_s)) / 2 / mean(tile_s),
+        tile_s=images_s / rounds[-1].tiles,
+        output_token_s=max(whole_s - images_s, 0.0) / sum(each.output_tokens for row in answers for each in row),
+        rounds=len(rounds),
+        spread=_spread(rounds),
         load_s=load_s,
         lengths=tuple(_length(task, [row[place] for row in answers]) for place, task in enumerate(job.tasks)),
         version=package_version(),
@@ -137,22 +139,54 @@ def calibrate(job: Job, tiles: Sequence[Tiles]) -> Profile:
     )
 
 
-def _tile_seconds(worker: EngineWorker, job: Job, tiles: Sequence[Tiles], per_round: int) -> list[float]:
-    """Seconds a tile with answers of one token, of each round."""
-    count = max(1, round(per_round / mean(len(each.pixels) for each in tiles)))
-    tasks = [replace(task, max_new_tokens=1) for task in job.tasks]
-    seconds = []
-    for number in range(_ROUNDS):
-        images = _cycled(tiles, count, start=number * count)
-        started = time.monotonic()
-        _answers(worker, tasks, images)
-        seconds.append((time.monotonic() - started) / sum(len(each.pixels) for each in images))
-    return seconds
+@dataclass(frozen=True)
+class _Round:
+    """Images with answers of one token, and the same ones with whole answers."""
+
+    tiles: int
+    images_s: float
+    whole_s: float
+    answers: list[list[Answer]]
+
+    @property
+    def seconds(self) -> float:
+        return self.images_s + self.whole_s
 
 
-def _cycled(tiles: Sequence[Tiles], count: int, start: int = 0) -> list[Tiles]:
-    """`count` of the images from `start` on, over and over. The engine knows an image by its object: give new ones."""
-    return [replace(tiles[(start + number) % len(tiles)]) for number in range(count)]
+def _rounds(worker: EngineWorker, job: Job, tiles: Sequence[Tiles], full: int) -> list[_Round]:
+    """Repeat until the rounds agree. `full` images fill the engine's batch; where time allows, several such batches go
+    in together, since a run has no end at which the batch is half empty."""
+    trial = _round(worker, job, _cycled(tiles, full))
+    if trial.seconds > _BUDGET_S:
+        return [trial]
+    batches = max(1, min(_MOST_BATCHES, int(_ROUND_S / trial.seconds)))
+    rounds: list[_Round] = []
+    until = time.monotonic() + _BUDGET_S
+    while len(rounds) < _FEWEST_ROUNDS or (
+        len(rounds) < _MOST_ROUNDS and time.monotonic() < until and _spread(rounds) > _CALM
+    ):
+        rounds.append(_round(worker, job, _cycled(tiles, full * batches)))
+    return rounds
+
+
+def _round(worker: EngineWorker, job: Job, images: Sequence[Tiles]) -> _Round:
+    started = time.monotonic()
+    _answers(worker, [replace(task, max_new_tokens=1) for task in job.tasks], images)
+    images_s = time.monotonic() - started
+    answers = _answers(worker, job.tasks, _cycled(images, len(images)))
+    whole_s = time.monotonic() - started - images_s
+    return _Round(sum(len(each.pixels) for each in images), images_s, whole_s, answers)
+
+
+def _spread(rounds: Sequence[_Round]) -> float:
+    """The relative standard error of the time of whole answers; 0 where it was measured once."""
+    seconds = [each.whole_s for each in rounds]
+    return stdev(seconds) / mean(seconds) / len(seconds) ** 0.5 if len(seconds) > 1 else 0.0
+
+
+def _cycled(tiles: Sequence[Tiles], count: int) -> list[Tiles]:
+    """`count` of the images, over and over. The engine knows an image by its object: give new ones."""
+    return [replace(tiles[number % len(tiles)]) for number in range(count)]
 
 
 def _answers(worker: EngineWorker, tasks: Sequence[Task], images: Sequence[Tiles]) -> list[list[Answer]]:

@@ -79,6 +79,8 @@ def _outlook(plan: Plan) -> Group:
         least, most = content["cost_interval"]
         table.add_row("cost", f"{content['cost']:,.2f} ({least:,.2f} to {most:,.2f})")
     table.add_row("bottleneck", _bottleneck(plan))
+    for warning in content["warnings"]:
+        table.add_row("[yellow]warning[/yellow]", warning)
     return Group(Text(), table)
 
 

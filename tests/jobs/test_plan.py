@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from jobs import plan_survey
+from jobs import plan_profile, plan_survey
 from jobs.cli import app
 from jobs.plan import Estimate, Figures, Plan, Pool, plan, to_json
 from jobs.plan_profile import Profile, TaskLength, calibrate, check_calibration, load_profile
@@ -25,9 +26,10 @@ from jobs.plan_survey import Survey, survey
 from jobs.plan_text import print_plan
 from pipeline.decoder import Prepared
 from pipeline.errors import ConfigError
+from pipeline.generate import Answer, Pending
 from pipeline.job import EngineOptions, Job, Limits, Model, Output, Source, Task
 from smolvlm.config import ImageConfig
-from smolvlm.image import ImagePolicy, split_image
+from smolvlm.image import ImagePolicy, Tiles, split_image
 from smolvlm.processor import Processor
 
 CAPTION = Task("caption", "Describe this image.", max_new_tokens=8)
@@ -83,7 +85,7 @@ def job_of(source: Path, checkpoint: Path, *tasks: Task, **options: object) -> J
 
 def profile_of(job: Job, **changes: object) -> Profile:
     lengths = tuple(TaskLength(task.prompt, task.max_new_tokens, 6.0, 0.5) for task in job.tasks)
-    figures = {"tile_s": 0.5, "output_token_s": 0.25, "spread": 0.0, "load_s": 36.0}
+    figures = {"tile_s": 0.5, "output_token_s": 0.25, "rounds": 3, "spread": 0.0, "load_s": 36.0}
     model = (job.model.id, job.model.revision, job.model.dtype)
     made = Profile("NVIDIA H100 80GB HBM3", "cuda", *model, 256, **figures, lengths=lengths, version="0", torch="2")
     return replace(made, **changes)  # type: ignore[arg-type]
@@ -192,6 +194,23 @@ class TestCalibration:
         made.save(tmp_path / "p.json")
         assert load_profile(tmp_path / "p.json", job, None) == made
 
+    def test_a_calm_engine_is_measured_to_its_figures(self, monkeypatch: pytest.MonkeyPatch, mixed: Path) -> None:
+        made = calibrated(monkeypatch, job_of(mixed, mixed), noise={})
+        assert made.tile_s == pytest.approx(0.05)
+        assert made.output_token_s * 12 == pytest.approx(0.01 * 11)
+        assert (made.rounds, made.spread) == (3, pytest.approx(0.0, abs=1e-9))
+
+    def test_a_round_beside_other_work_does_not_count(self, monkeypatch: pytest.MonkeyPatch, mixed: Path) -> None:
+        made = calibrated(monkeypatch, job_of(mixed, mixed), noise={5: 3.0, 6: 7.0})
+        assert made.tile_s == pytest.approx(0.05)
+        assert made.output_token_s * 12 == pytest.approx(0.01 * 11)
+        assert made.rounds > 3
+
+    def test_noise_that_stays_is_told(self, monkeypatch: pytest.MonkeyPatch, mixed: Path) -> None:
+        made = calibrated(monkeypatch, job_of(mixed, mixed), noise={each: 0.3 * each for each in range(3, 20)})
+        assert made.rounds > 3
+        assert made.spread > 0.05
+
     def test_no_gpu_here_is_said_with_the_way_out(self, mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("jobs.plan_profile.has_gpu", lambda: False)
         job = job_of(mixed, mixed)
@@ -213,6 +232,47 @@ class TestCalibration:
             path.write_text(wrong)
             with pytest.raises(ConfigError, match="give a file that `smolvlm plan … --save-profile` has written"):
                 load_profile(path, job, None)
+
+
+class ClockedEngine:
+    """An engine that moves a clock: 0.1 s for an image, 0.01 s for a token after the first; its answers have 12.
+
+    `noise`: further seconds of the n-th time that images come after answers.
+    """
+
+    def __init__(self, noise: dict[int, float]) -> None:
+        self.now = 0.0
+        self._noise, self._batches, self._is_answering = noise, 0, True
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def status(self, _: str) -> SimpleNamespace:
+        return SimpleNamespace(stats={"max_num_sequences": 16})
+
+    def submit(self, tiles: Tiles, task: Task, seed: int) -> Pending:
+        if self._is_answering:
+            self.now += self._noise.get(self._batches, 0.0)
+            self._batches, self._is_answering = self._batches + 1, False
+
+        def wait() -> Answer:
+            self._is_answering = True
+            tokens = min(12, task.max_new_tokens)
+            self.now += 0.1 + 0.01 * (tokens - 1)
+            return Answer("", "stop", 8, tokens, 0.0)
+
+        return wait
+
+    def close(self) -> None:
+        pass
+
+
+def calibrated(monkeypatch: pytest.MonkeyPatch, job: Job, noise: dict[int, float]) -> Profile:
+    engine = ClockedEngine(noise)
+    monkeypatch.setattr(plan_profile, "EngineWorker", SimpleNamespace(for_job=lambda _: engine))
+    monkeypatch.setattr(plan_profile, "time", engine)
+    tiles = Tiles(np.zeros((2, 4, 4, 3), np.uint8), 1, 1)
+    return calibrate(replace(job, tasks=(OCR,)), [tiles])
 
 
 class TestOutlook:
@@ -277,6 +337,21 @@ class TestOutlook:
             assert part in text
         assert "8 × NVIDIA H100 80GB HBM3" in text
         assert "the engines; 0.063 CPU cores of preparation keep one engine busy (as many are assumed)" in text
+        assert "warning" not in text
+
+    def test_figures_that_may_be_worth_little_come_with_a_warning(
+        self, made: Make, mixed: Path, tmp_path: Path
+    ) -> None:
+        job = job_of(mixed, mixed, engine=EngineOptions(gpus=1, replicas=(1, 8)))
+        profile_of(job, spread=0.2, output_token_s=0.0).save(tmp_path / "p.json")
+        console = Console(file=io.StringIO(), width=200)
+        found = made(Pool())
+        print_plan(found, console)
+        noisy, short = to_json(found)["warnings"]
+        assert "3 rounds leave ±40%" in noisy
+        assert "their length counts for nothing" in short
+        for warning in (noisy, short):
+            assert warning[:60] in console.file.getvalue()
 
 
 def prepared_error() -> Prepared:
