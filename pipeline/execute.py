@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data.context import AutoscalingConfig
 
 from pipeline import ranges
 from pipeline.control import Control
@@ -25,6 +26,11 @@ from pipeline.sink import CommitSink
 from pipeline.storage import Location
 
 _PREPARE_CALLS = 2  # one decodes while the other fetches
+# A pool's use is its calls under way by all that its actors take at once. Ray's own bound for growth, 1.75, lies beyond
+# what `_pool` lets an actor hold, and would keep every pool at its smallest. An engine takes two batches at once, so a
+# quarter is half a batch: one of them can go. Only an actor without a call is ever taken away.
+_GROW_AT = 1.0
+_SHRINK_AT = 0.25
 
 
 def execute(
@@ -55,7 +61,8 @@ def execute(
                 batch_size=None,
                 batch_format="pyarrow",
             )
-            .map_batches(
+            # `map_batches` wants a batch size where there are GPUs, and would merge blocks to reach it.
+            .map_batches_internal(
                 GenerateWorker,
                 fn_constructor_args=(job, answerer_factory, control),
                 compute=_pool(job.engine.replicas, resources.blocks_per_engine(rows)),
@@ -104,6 +111,7 @@ def _data_context() -> Iterator[None]:
     wanted = {
         "target_max_block_size": None,  # one block in, one block out
         "enable_progress_bars": False,
+        "autoscaling_config": AutoscalingConfig(_GROW_AT, _SHRINK_AT),
     }
     before = {name: getattr(context, name) for name in wanted}
     for name, value in wanted.items():
