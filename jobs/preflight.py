@@ -13,6 +13,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.preflight_node import Facts, Inspector, facts
+from pipeline.autoscaling import can_bring
 from pipeline.job import Job
 from pipeline.storage import Location
 
@@ -133,8 +134,10 @@ def _check_gpus(job: Job, nodes: Sequence[Node]) -> Check:
     shared = job.engine.mode == "shared"
     wanted = 0.0 if shared else job.engine.gpus * job.engine.replicas[0]
     found = sum(node.gpus for node in nodes)
+    comes = found < wanted and can_bring([{"GPU": job.engine.gpus}] * job.engine.replicas[0])
+    told = f"{found:g}, the job needs {wanted:g}" + (": the autoscaler can add them" if comes else "")
     remedy = "add nodes with GPUs, or lower engine.replicas or engine.gpus"
-    return Check("GPUs", "cluster", found >= wanted, f"{found:g}, the job needs {wanted:g}", remedy)
+    return Check("GPUs", "cluster", found >= wanted or comes, told, remedy)
 
 
 def _first_object(job: Job, node: Node) -> Check:

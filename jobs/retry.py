@@ -30,7 +30,7 @@ def retry(uri: str, codes: Sequence[str], options: Options, display: Display, ad
     with ray_session(address), draining(drain, display.say, _STOPPING):
         from pipeline.retry import retry as run_again
 
-        return run_again(job, frozenset(codes) or None, on_progress=display, drain=drain)
+        return run_again(job, frozenset(codes) or None, on_progress=display, drain=drain, say=display.say)
 
 
 def retried_object(done: "Retried") -> dict[str, Any]:

@@ -36,7 +36,7 @@ def execute(job: Job, display: "Display", address: str | None = None) -> "Summar
     fetch_checkpoint(job.model)
     drain = threading.Event()
     with ray_session(address), draining(drain, display.say, _STOPPING):
-        return run(job, on_progress=display, drain=drain)
+        return run(job, on_progress=display, drain=drain, say=display.say)
 
 
 def fetch_checkpoint(model: Model) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 from ray.util.metrics import Counter as Metric
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import PipelineError
 
@@ -66,8 +67,10 @@ class Control:
 
     @classmethod
     def create(cls) -> "Control":
-        """Start a board; it ends with the driver."""
-        return cls(ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote())
+        """Start a board; it ends with the driver, and is on its node: others come and go with the load."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+        return cls(ray.remote(Board).options(**options).remote())
 
     def add(self, **counts: int) -> None:
         """Add to the counts without waiting."""

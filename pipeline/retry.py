@@ -49,18 +49,22 @@ def retry(
     *,
     on_progress: Callable[[Progress], None] | None = None,
     drain: threading.Event | None = None,
+    say: Callable[[str], None] | None = None,
     answerer_factory: AnswererFactory | None = None,
 ) -> Retried:
     """Run the error rows of these codes, or of all, again and put what comes out in their places.
 
-    Ray must be running. Setting `drain` lets what is in flight finish and replaces those rows. The job's limits do not
-    hold. Raises ConfigError if the output is not finished or not this job's, LeaseHeld if another driver is at it,
-    PipelineError if it fails midway; the output is whole at every moment, and the next retry goes on from there.
+    Ray must be running. Setting `drain` lets what is in flight finish and replaces those rows. `say` is told what the
+    run waits for, if an autoscaler has to add nodes first. The job's limits do not hold. Raises ConfigError if the
+    output is not finished or not this job's, LeaseHeld if another driver is at it, PipelineError if it fails midway;
+    the output is whole at every moment, and the next retry goes on from there.
     """
     started = time.monotonic()
     destination = Location(job.output.uri, job.output.endpoint_url)
     check_claim(destination, job)
     resources = resources_for(job)
+    if resources.awaited and say is not None:
+        say(resources.awaited)
     with Lease(destination, hourly_cost(job)) as lease:
         manifest = _finished_manifest(destination)
         replace_errors(destination, manifest, lease.fence)  # what an interrupted retry has left

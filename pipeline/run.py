@@ -61,11 +61,13 @@ def run(
     *,
     on_progress: Callable[[Progress], None] | None = None,
     drain: threading.Event | None = None,
+    say: Callable[[str], None] | None = None,
     answerer_factory: AnswererFactory | None = None,
 ) -> Summary:
     """Bring the destination to one row for every input of the source, and say what it took.
 
-    Ray must be running. Setting `drain` lets what is in flight finish and leaves the rest to a resume.
+    Ray must be running. Setting `drain` lets what is in flight finish and leaves the rest to a resume. `say` is told
+    what the run waits for, if an autoscaler has to add nodes first.
     Raises ConfigError before any actor starts if the job cannot run as written, LeaseHeld if another driver is at it,
     PipelineError if it fails midway; what was committed stays, and the next run goes on from there.
     `answerer_factory` takes the place of the engines that the job names.
@@ -75,6 +77,8 @@ def run(
     check_destination(job)
     check_deadline(job.limits)
     resources = resources_for(job)
+    if resources.awaited and say is not None:
+        say(resources.awaited)
     check_claim(destination, job)
     with Lease(destination, hourly_cost(job)) as lease:
         claim(destination, job)

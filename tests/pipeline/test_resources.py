@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import ray
 
+from pipeline import resources
+from pipeline.autoscaling import Bundle
 from pipeline.errors import ConfigError
 from pipeline.job import EngineOptions, ImageOptions, Job, Model, Output, Source, Task
 from pipeline.resources import READ_CPUS, WRITE_CPUS, plan_resources
@@ -21,8 +23,26 @@ def job(image: ImageOptions = ImageOptions(), **engine: Any) -> Job:  # noqa: B0
     return Job("x", Source("a"), Output("b"), Model("c"), tasks, image=image, engine=EngineOptions(**engine))
 
 
+def node(cpus: float, gpus: float = 0, group: str = "") -> dict[str, Any]:
+    """Return a node as Ray describes it; with a `group` it is an autoscaler's."""
+    found = {"CPU": cpus, "GPU": gpus, "memory": 1e9}
+    labels = {"ray.io/node-id": "0"} | ({"ray.io/node-group": group} if group else {})
+    return {"Alive": True, "Resources": {name: value for name, value in found.items() if value}, "Labels": labels}
+
+
+def on_nodes(monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, Any]) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"GPU": 99.0}, "Labels": {}}])
+
+
 def on_cluster(monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float = 0) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus, "memory": 1e9})
+    on_nodes(monkeypatch, node(cpus, gpus))
+
+
+def with_autoscaler(monkeypatch: pytest.MonkeyPatch, answer: bool) -> list[list[Bundle]]:
+    """Let the autoscaler answer, and return what it is asked."""
+    asked: list[list[Bundle]] = []
+    monkeypatch.setattr(resources, "can_bring", lambda bundles: asked.append(bundles) or answer)
+    return asked
 
 
 @pytest.mark.parametrize("cpus", [2, 3, 4, 8, 64, 1000])
@@ -54,6 +74,65 @@ def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         plan_resources(job(gpus=1, replicas=(2, 8)), REAL)
     assert plan_resources(job(gpus=0.5, replicas=(2, 8)), REAL).engine_cpus == 1.0
+
+
+def test_gpus_on_nodes_that_are_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_nodes(monkeypatch, node(8, 1), node(8, 1), node(8))
+    assert plan_resources(job(gpus=1, replicas=(2, 2)), REAL).engine_gpus == 1
+    with pytest.raises(
+        ConfigError, match=r"24 CPUs lie on nodes that cannot .* 1 engine replicas of 1 CPUs and 2 GPUs"
+    ):
+        plan_resources(job(gpus=2), REAL)
+    with pytest.raises(ConfigError, match=r"lie on nodes that cannot hold .* 1 engine replicas of 10 CPUs and 1 GPUs"):
+        plan_resources(job(gpus=1, cpus=10), REAL)
+
+
+def test_an_engine_without_a_gpu_fits_one_node_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_nodes(monkeypatch, *[node(8)] * 16)
+    assert plan_resources(job(), REAL).engine_cpus == 4.0
+
+
+def test_prepare_workers_leave_cpus_to_all_engines_that_the_gpus_let_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cluster(monkeypatch, 32, gpus=4)
+    assert plan_resources(job(gpus=1, replicas=(1, 8)), REAL).prepare_workers == (1, 26)
+    assert plan_resources(job(gpus=1, replicas=(1, 2)), REAL).prepare_workers == (1, 28)
+
+
+class TestAutoscaler:
+    """A cluster that may grow: what is missing comes, or is refused."""
+
+    def test_what_is_missing_is_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        on_nodes(monkeypatch, node(4, group="head"))
+        asked = with_autoscaler(monkeypatch, True)
+        found = plan_resources(job(gpus=1, replicas=(2, 4)), REAL)
+        engine, block = {"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0}
+        assert asked == [[engine, engine, block, block, {"CPU": READ_CPUS}, {"CPU": WRITE_CPUS}]]
+        assert found.awaited == (
+            "waiting for nodes: the job needs 2 GPUs and 4.2 CPUs at least, the cluster has 0 GPUs and 4 CPUs, "
+            "and its autoscaler is adding what is missing"
+        )
+        assert found.prepare_workers == (1, 4 * 32)
+
+    def test_what_cannot_come_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        on_nodes(monkeypatch, node(4, group="head"))
+        with_autoscaler(monkeypatch, False)
+        with pytest.raises(
+            ConfigError, match=r"the cluster has 0 GPUs\..* or allow its autoscaler more or larger nodes"
+        ):
+            plan_resources(job(gpus=1), REAL)
+
+    def test_what_is_there_is_not_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        on_nodes(monkeypatch, node(4, group="head"), node(8, 1, group="generate"))
+        asked = with_autoscaler(monkeypatch, False)
+        assert plan_resources(job(gpus=1, replicas=(1, 8)), REAL).awaited == ""
+        assert asked == []
+
+    def test_nobody_is_asked_where_there_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        on_nodes(monkeypatch, node(4))
+        asked = with_autoscaler(monkeypatch, True)
+        with pytest.raises(ConfigError, match=r"or add nodes\."):
+            plan_resources(job(gpus=1), REAL)
+        assert asked == []
 
 
 def test_what_the_job_says_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
