@@ -1,0 +1,27 @@
+"""The benchmark runs and ends with its JSON line; its figures are not judged here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.timeout(300)
+def test_planning_runs() -> None:
+    command = [sys.executable, "benchmarks/planning.py", "--smoke"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["objects"] == 3000
+    assert set(report["cases"]) == {"plan", "manifest", "run"}
+    for rows in report["cases"].values():
+        assert set(rows) == {"300", "3000"}
+        assert all(row["seconds"] > 0 and row["peak_mb"] > 50 for row in rows.values())
+    assert report["plan_s"] == report["cases"]["plan"]["3000"]["seconds"]
+    for case, growth in report["memory_growth"].items():
+        small, large = (report["cases"][case][objects]["peak_mb"] for objects in ("300", "3000"))
+        assert growth == pytest.approx(large / small, abs=1e-3)
