@@ -282,15 +282,40 @@ def _list_tree(location: Location) -> Iterator[ObjectInfo]:
         yield own
         return
     scheme = "" if "://" not in location.uri else f"{location.protocol}://"
-    for _, directories, files in location.fs.walk(location.path, detail=True):
+    walk = _walk_local if isinstance(location.fs, LocalFileSystem) else _walk
+    for item in walk(location.fs, location.path):
+        name = str(item["name"])
+        yield ObjectInfo(name if scheme == "file://" and "://" in name else scheme + name, item["size"], _etag(item))
+
+
+def _walk(fs: Any, folder: str) -> Iterator[dict[str, Any]]:
+    for _, directories, files in fs.walk(folder, detail=True):
         directories_in_order = dict(sorted(directories.items()))
         directories.clear()
         directories.update(directories_in_order)  # walk descends in the order of this dict
-        for _, item in sorted(files.items()):
-            name = str(item["name"])
-            yield ObjectInfo(
-                name if scheme == "file://" and "://" in name else scheme + name, item["size"], _etag(item)
-            )
+        yield from (item for _, item in sorted(files.items()))
+
+
+def _walk_local(fs: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """The same, holding no more than names: a folder may have millions. Links to folders are not followed."""
+    if not Path(folder).is_dir():
+        return
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries)
+    folders = []
+    for path in (f"{folder.rstrip('/')}/{name}" for name in names):
+        try:
+            found = fs.info(path)
+        except FileNotFoundError:
+            if Path(path).is_symlink():  # an input that cannot be read; others are gone, as temporary files go
+                yield {"name": path, "size": 0}
+            continue
+        if found["type"] == "directory" and not found["islink"]:
+            folders.append(path)
+        else:
+            yield found
+    for each in folders:
+        yield from _walk_local(fs, each)
 
 
 @contextlib.contextmanager

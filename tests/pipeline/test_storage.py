@@ -247,3 +247,24 @@ def test_local_listing_has_the_sizes_and_order_of_the_disk(tmp_path: Path) -> No
         (str(tmp_path / "a/2.jpg"), 7),
     ]
     assert all(isinstance(info, ObjectInfo) and info.etag for info in Location(f"file://{tmp_path}").list())
+
+
+def test_links_in_a_local_listing_are_inputs_and_never_followed_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "real.jpg").write_bytes(b"1234")
+    (tmp_path / "a" / "b" / "circle").symlink_to(tmp_path / "a")
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "a" / "real.jpg")
+    (tmp_path / "to-nothing.jpg").symlink_to(tmp_path / "gone.jpg")
+    found = {info.uri.removeprefix(f"{tmp_path}/"): info.size for info in Location(str(tmp_path)).list()}
+    circle = found.pop("a/b/circle")
+    assert circle is not None
+    assert found == {"a/real.jpg": 4, "link.jpg": 4, "to-nothing.jpg": 0}
+
+
+def test_a_file_that_goes_while_its_folder_is_listed_is_left_out(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(b"x")
+    listing = Location(str(tmp_path)).list()
+    assert next(listing).uri == str(tmp_path / "a")
+    (tmp_path / "b").unlink()
+    assert [info.uri for info in listing] == [str(tmp_path / "c")]
