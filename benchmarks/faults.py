@@ -1,0 +1,418 @@
+"""A job that is struck all along: workers killed, nodes lost and replaced, drivers killed and started again.
+
+    python benchmarks/faults.py [--smoke] [--images N] [--workers N] [--nodes N] [--drivers N] [--seed N]
+
+Several Ray nodes on this machine work on small images in tars. The engine is a stand-in that gives a fixed number of
+answers a second, each of them a digest of the pixels, so that a lost, doubled or mixed-up image shows, and so that
+throughput tells how many engines are at work. Faults come at random moments, by a seed: SIGKILL to a worker, an actor
+or a decoder; to all processes of a node, with another node coming ten seconds later; to the driver, with a new `run`
+into the same output right after. In the end the rows must be those that the pixels ask for, each once.
+
+Throughput is back when a window of five seconds has 90 % of the answers that it had before the first fault; the time
+counts from the moment when the capacity is there again: the kill of a worker, the new node's start, the new driver's
+start. The last line of stdout is one JSON object; the exit code is 1 if a row is lost, doubled or wrong.
+"""
+
+import argparse
+import functools
+import io
+import json
+import logging
+import os
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+SUPPORT = ROOT / "tests" / "support"
+# The stand-in engine lives with the tests. This folder itself must not be searched: `pipeline` is the package.
+sys.path[0] = str(SUPPORT)
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SUPPORT), os.environ.get("PYTHONPATH", "")])
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+import ray
+from ray.cluster_utils import Cluster
+from standin import PixelAnswerer, text_of
+
+from jobs.verify import verify
+from pipeline.generate import Pending
+from pipeline.job import EngineOptions, ImageOptions, Job, Model, Output, Source, Task
+from pipeline.run import run
+from smolvlm.config import ImageConfig
+from smolvlm.image import ImagePolicy, Tiles, decode_image, split_image
+from smolvlm.scratch import create_checkpoint
+
+TASK = Task("caption", "Describe this image.", max_new_tokens=32)
+IMAGES_PER_TAR = 1000
+BROKEN_EVERY = 50
+ENGINES = NODES = 3
+WINDOW_S, BACK_AT = 5.0, 0.9
+STANDS_STILL_S = 240.0
+WORKER = re.compile(r"ray::(MapWorker|Write|StreamingRepartition|ReadManifest|Board)|pipeline\.decode_process")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much work there is, and how often it is struck.
+
+    `rate`: answers a second of one engine; `steady_s`: time to come up to speed; `gap_s`: the longest pause between two
+    faults; `away_s`: time until another node comes; `patience_s`: how long to wait, after a node or a driver, until
+    throughput is back.
+    """
+
+    images: int
+    workers: int
+    nodes: int
+    drivers: int
+    rate: float
+    steady_s: float
+    gap_s: float
+    away_s: float
+    patience_s: float
+
+
+class PacedAnswerer(PixelAnswerer):
+    """Answers one image after the other, at the pace of an engine."""
+
+    def __init__(self, job: Job, rate: float, log: Path) -> None:
+        super().__init__(job, delay_s=1 / rate, log=log)
+        self._turn = threading.Lock()
+
+    def submit(self, tiles: Tiles, task: Task, seed: int) -> Pending:
+        """Queue one image."""
+        answer = super().submit(tiles, task, seed)
+
+        def wait() -> Any:
+            with self._turn:
+                return answer()
+
+        return wait
+
+
+def drive(address: str, folder: Path, images: int, rate: float) -> None:
+    """Run the job on the cluster at `address`, from this process."""
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    engine = EngineOptions(replicas=(ENGINES, ENGINES), cpus=1.0, prepare_workers=(1, 2))
+    job = Job(
+        "faults",
+        Source(str(folder / "tars")),
+        Output(str(folder / "out"), rows_per_file=max(images // 64, 16)),
+        Model(str(folder / "model")),
+        (TASK,),
+        image=ImageOptions(splitting=False, upscale=False),
+        engine=engine,
+    )
+    summary = run(job, answerer_factory=functools.partial(PacedAnswerer, rate=rate, log=folder / "answers.log"))
+    print(json.dumps({"rows": summary.rows, "resumed": summary.resumed_rows}), flush=True)
+
+
+@dataclass
+class Strike:
+    """One fault: what, when, and when the capacity that it took was there again (seconds of the meter)."""
+
+    kind: str
+    at: float
+    capacity_at: float
+
+
+@dataclass
+class Meter:
+    """How many answers there were, twice a second; an answer is a byte in a file."""
+
+    log: Path
+    started: float = field(default_factory=time.monotonic)
+    times: list[float] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
+
+    @property
+    def now(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.started
+
+    def watch(self, over: threading.Event) -> None:
+        """Look until it is over."""
+        while not over.wait(0.5):
+            self.answers.append(self.log.stat().st_size if self.log.exists() else 0)
+            self.times.append(self.now)
+
+    def rate(self, start: float, stop: float) -> float:
+        """Answers a second between two moments."""
+        first, last = bisect_left(self.times, start), bisect_left(self.times, stop)
+        if last >= len(self.times) or last <= first:
+            return 0.0
+        return (self.answers[last] - self.answers[first]) / (self.times[last] - self.times[first])
+
+    def back_after(self, moment: float, steady: float) -> float | None:
+        """Seconds from `moment` to the first window that is as busy as it was, None if there is none yet."""
+        starts = self.times[bisect_left(self.times, moment) :]
+        found = (each for each in starts if self.rate(each, each + WINDOW_S) >= BACK_AT * steady)
+        start = next(found, None)
+        return None if start is None else start - moment
+
+    def check_moves(self) -> None:
+        """Raise if there was no answer for a long time."""
+        first = bisect_left(self.times, self.now - STANDS_STILL_S)
+        if self.now > STANDS_STILL_S and self.answers[first:] and self.answers[first] == self.answers[-1]:
+            raise RuntimeError(f"no answer for {STANDS_STILL_S:.0f} s: the run stands still")
+
+
+class Bed:
+    """The cluster, the driver, and the ways to hurt them."""
+
+    def __init__(self, folder: Path, setting: Setting, meter: Meter, rng: random.Random) -> None:
+        self._folder, self._setting, self._meter, self._rng = folder, setting, meter, rng
+        head = {"num_cpus": 2, "include_dashboard": False}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._nodes = [self._cluster.add_node(num_cpus=2) for _ in range(NODES)]
+        self.driver = self._start_driver()
+
+    def worker(self) -> Strike:
+        """Kill an actor, a task's process or a decoder."""
+        while not (victims := self._workers()):
+            time.sleep(0.2)
+        self._rng.choice(victims).kill()
+        return Strike("worker", self._meter.now, self._meter.now)
+
+    def node(self) -> Strike:
+        """Kill all of a node at once; another comes a while later."""
+        node = self._nodes.pop(self._rng.randrange(len(self._nodes)))
+        processes = [psutil.Process(info.process.pid) for infos in node.all_processes.values() for info in infos]
+        for process in [child for each in processes for child in (each, *each.children(recursive=True))]:
+            kill(process)
+        at = self._meter.now
+        self._cluster.remove_node(node, allow_graceful=False)
+        time.sleep(self._setting.away_s)
+        self._nodes.append(self._cluster.add_node(num_cpus=2))
+        return Strike("node", at, self._meter.now)
+
+    def kill_driver(self) -> Strike:
+        """Kill the driver and start another."""
+        kill(psutil.Process(self.driver.pid))
+        self.driver.communicate()
+        at = self._meter.now
+        self.driver = self._start_driver()
+        return Strike("driver", at, at)
+
+    def close(self) -> None:
+        """End all of it."""
+        self.driver.kill()
+        self.driver.wait()
+        self._cluster.shutdown()
+
+    def _start_driver(self) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, __file__, "--driver", self._cluster.address, "--folder", str(self._folder)]
+        work = ["--images", str(self._setting.images), "--rate", str(self._setting.rate)]
+        with (self._folder / "driver.log").open("ab") as log:
+            return subprocess.Popen([*command, *work], stdout=subprocess.PIPE, stderr=log)
+
+    def _workers(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if WORKER.search(" ".join(process.cmdline())):
+                    found.append(process)
+            except psutil.Error:
+                continue  # it ended
+        return found
+
+
+def kill(process: psutil.Process) -> None:
+    """Kill it, if it still runs."""
+    try:
+        process.kill()
+    except psutil.NoSuchProcess:
+        return
+
+
+def strike_all(bed: Bed, meter: Meter, setting: Setting, rng: random.Random) -> tuple[float, list[Strike]]:
+    """Let the run come up to speed, then strike it again and again; return its undisturbed rate and the strikes."""
+    while not (meter.answers and meter.answers[-1]):
+        check_runs(bed, meter)
+    time.sleep(setting.steady_s)
+    steady = meter.rate(meter.now - setting.steady_s + 1, meter.now - 1)
+    strikes: list[Strike] = []
+    plan = ["worker"] * setting.workers + ["node"] * setting.nodes + ["driver"] * setting.drivers
+    rng.shuffle(plan)
+    for kind in plan:
+        time.sleep(rng.uniform(0.5, setting.gap_s))
+        check_runs(bed, meter)
+        strikes.append({"worker": bed.worker, "node": bed.node, "driver": bed.kill_driver}[kind]())
+        print(f"{strikes[-1].at:7.1f} s  {kind} killed", flush=True)
+        patience = meter.now + (0 if kind == "worker" else setting.patience_s)
+        while meter.now < patience and meter.back_after(strikes[-1].capacity_at, steady) is None:
+            check_runs(bed, meter)
+    return steady, strikes
+
+
+def check_runs(bed: Bed, meter: Meter) -> None:
+    """Wait a little; raise if the run is over or stands still."""
+    time.sleep(0.25)
+    meter.check_moves()
+    if bed.driver.poll() is not None:
+        raise RuntimeError(f"the run ended, with code {bed.driver.returncode}, before all faults had struck")
+
+
+def finish(bed: Bed, meter: Meter) -> dict[str, int]:
+    """Wait for the last driver and return what it printed."""
+    while bed.driver.poll() is None:
+        time.sleep(0.25)
+        meter.check_moves()
+    out, _ = bed.driver.communicate()
+    if bed.driver.returncode:
+        raise RuntimeError(f"the last driver ended with code {bed.driver.returncode}")
+    said: dict[str, int] = json.loads(next(line for line in out.splitlines() if line.startswith(b"{")))
+    return said
+
+
+def write_inputs(folder: Path, images: int) -> dict[tuple[str, str], str]:
+    """Write images, some of them broken, into tars; return what each one's row must say."""
+    folder.mkdir()
+    expected = {}
+    rng = np.random.default_rng(0)
+    config, policy = ImageConfig.from_pretrained(folder.parent / "model"), ImagePolicy(upscale=False)
+    policy = ImagePolicy(upscale=False, image_splitting=False)
+    for first in range(0, images, IMAGES_PER_TAR):
+        path = folder / f"{first:08d}.tar"
+        with tarfile.open(path, "w") as archive:
+            for index in range(first, min(first + IMAGES_PER_TAR, images)):
+                data, name = picture(rng, index), f"{index:08d}.png"
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+                text = "not_an_image"
+                if index % BROKEN_EVERY:
+                    text = text_of(split_image(decode_image(data).image, config, policy), TASK, 0)
+                expected[str(path), name] = text
+    return expected
+
+
+def picture(rng: np.random.Generator, index: int) -> bytes:
+    """Return a small PNG of noise, or something that is none."""
+    if index % BROKEN_EVERY == 0:
+        return b"not an image"
+    target = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(target, "PNG")
+    return target.getvalue()
+
+
+def compare(output: Path, expected: dict[tuple[str, str], str]) -> dict[str, int]:
+    """Hold the output against the pixels."""
+    rows = pq.read_table(output / "data").to_pylist()
+    counts = Counter((row["uri"], row["member"]) for row in rows)
+    texts = {
+        (row["uri"], row["member"]): row["caption"]["text"] if row["caption"] else row["error"]["code"] for row in rows
+    }
+    report = verify(str(output))
+    return {
+        "rows": len(rows),
+        "lost": len(expected.keys() - counts.keys()) + report.missing,
+        "doubled": sum(count - 1 for count in counts.values()) + report.duplicate,
+        "wrong": sum(expected.get(key) != text for key, text in texts.items()),
+        "unreadable_files": report.unreadable,
+    }
+
+
+def timeline(meter: Meter, strikes: list[Strike], step_s: float = 10.0) -> Table:
+    """Return rows a second over time, and what struck when."""
+    table = Table("seconds", "answers/s", "", "struck", title="faults")
+    most = max((meter.rate(s, s + step_s) for s in np.arange(0, meter.now, step_s)), default=0.0) or 1.0
+    for start in np.arange(0, meter.times[-1], step_s):
+        rate = meter.rate(start, min(start + step_s, meter.times[-1] - 0.6))
+        struck = Counter(each.kind for each in strikes if start <= each.at < start + step_s)
+        words = ", ".join(f"{count} {kind}" for kind, count in struck.items())
+        table.add_row(f"{start:.0f}", f"{rate:.0f}", "█" * round(30 * rate / most), words)
+    return table
+
+
+@contextmanager
+def watching(meter: Meter) -> Iterator[None]:
+    """Count answers for the length of the block."""
+    over = threading.Event()
+    thread = threading.Thread(target=meter.watch, args=(over,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def soak(folder: Path, setting: Setting, seed: int) -> dict[str, Any]:
+    """Run the job under all faults and return what came out."""
+    create_checkpoint(folder / "model", "tiny")
+    expected = write_inputs(folder / "tars", setting.images)
+    meter, rng = Meter(folder / "answers.log"), random.Random(seed)
+    bed = Bed(folder, setting, meter, rng)
+    try:
+        with watching(meter):
+            steady, strikes = strike_all(bed, meter, setting, rng)
+            said = finish(bed, meter)
+    except RuntimeError as error:
+        raise SystemExit(f"{error}\n{(folder / 'driver.log').read_text()[-3000:]}") from error
+    finally:
+        bed.close()
+    Console(width=120).print(timeline(meter, strikes))
+    back: dict[str, list[float | None]] = {kind: [] for kind in ("worker", "node", "driver")}
+    for strike in strikes:
+        after = meter.back_after(strike.capacity_at, steady)
+        back[strike.kind].append(None if after is None else round(after, 1))
+    return {
+        "images": setting.images,
+        **compare(folder / "out", expected),
+        "resumed": said["resumed"],
+        "answers": meter.answers[-1],
+        "seconds": round(meter.times[-1], 1),
+        "steady_per_s": round(steady, 1),
+        "strikes": Counter(strike.kind for strike in strikes),
+        "back_after_s": back,
+    }
+
+
+def main() -> int:
+    """Soak a job in faults and print the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="few images and faults: shows that it runs")
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--workers", type=int, default=20, help="workers to kill")
+    parser.add_argument("--nodes", type=int, default=6, help="nodes to lose")
+    parser.add_argument("--drivers", type=int, default=3, help="drivers to kill")
+    parser.add_argument("--rate", type=float, default=20.0, help="answers a second of an engine")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--driver", help=argparse.SUPPRESS)  # a driver process of this very benchmark
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.driver:
+        drive(arguments.driver, arguments.folder, arguments.images, arguments.rate)
+        return 0
+    faults = (arguments.workers, arguments.nodes, arguments.drivers)
+    setting = Setting(arguments.images, *faults, arguments.rate, 20.0, 6.0, away_s=10.0, patience_s=90.0)
+    if arguments.smoke:
+        setting = Setting(300, 2, 1, 1, 4.0, 4.0, 2.0, away_s=2.0, patience_s=0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        found = soak(Path(folder), setting, arguments.seed)
+    print(json.dumps({**found, "ray": ray.__version__, "cpus": os.cpu_count()}))
+    return int(any(found[name] for name in ("lost", "doubled", "wrong", "unreadable_files")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
