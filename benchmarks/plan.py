@@ -95,7 +95,7 @@ def smolvlm(command: str, job: Path) -> dict[str, Any]:
     return found
 
 
-def measure(name: str, images: int, model: str, folder: Path) -> dict[str, Any]:
+def measure(name: str, images: int, model: str, tokens: int, folder: Path) -> dict[str, Any]:
     """Make a source, plan it, run it, and return both."""
     (folder / name).mkdir()
     content = {
@@ -103,13 +103,14 @@ def measure(name: str, images: int, model: str, folder: Path) -> dict[str, Any]:
         "source": {"uri": str(SOURCES[name](folder / name, images))},
         "output": {"uri": str(folder / f"{name}-out")},
         "model": {"id": model, "dtype": "float32"},
-        "tasks": [OCR | {"max_new_tokens": 256}],
+        "tasks": [OCR | {"max_new_tokens": tokens}],
     }
     job = folder / f"{name}.json"
     job.write_text(json.dumps(content))
     planned, ran = smolvlm("plan", job), smolvlm("run", job)
     assert planned["images"] == ran["rows"] == images, (planned, ran)
     planned_s = 3600 * planned["hours"]
+    print(f"{name}: planned {planned_s:.0f} s, measured {ran['elapsed_s']:.0f} s", flush=True)
     return {
         "images": images,
         "planned_s": round(planned_s, 1),
@@ -144,11 +145,15 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=2000)
     parser.add_argument("--model", default="bundled", help="a checkpoint directory or `bundled`")
     arguments = parser.parse_args()
+    tokens = 128
     with tempfile.TemporaryDirectory() as folder:
         if arguments.smoke:
+            tokens = 16
             arguments.photos = arguments.documents = arguments.words = 40
             arguments.model = str(create_checkpoint(Path(folder) / "tiny", "tiny"))
-        found = {name: measure(name, getattr(arguments, name), arguments.model, Path(folder)) for name in SOURCES}
+        found = {
+            name: measure(name, getattr(arguments, name), arguments.model, tokens, Path(folder)) for name in SOURCES
+        }
     print_table(found)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count()}
     print(json.dumps({"ratios": {name: row["ratio"] for name, row in found.items()}, "sources": found, **versions}))
