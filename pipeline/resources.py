@@ -3,6 +3,7 @@ no autoscaler can make it fit.
 """
 
 import math
+import time
 from dataclasses import dataclass
 
 import ray
@@ -22,6 +23,7 @@ _BLOCK_BYTES = 48 << 20
 _MAX_ROWS_PER_BLOCK = 256
 _MAX_BLOCKS_PER_ENGINE = 64  # each is a thread that waits
 _LEAST_BLOCKS_PER_ENGINE = 32
+_RELEASED_WITHIN_S = 5.0  # what a job that has just ended held may count as taken for so long
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,17 @@ def plan_resources(job: Job, image_config: ImageConfig, endpoint_sequences: int 
     `endpoint_sequences` is how many sequences the engines of the endpoint decode together that this job shares; None
     for a job with engines of its own.
     """
+    deadline = time.monotonic() + (0.0 if endpoint_sequences is None else _RELEASED_WITHIN_S)
+    while True:
+        try:
+            return _sizes(job, image_config, endpoint_sequences)
+        except ConfigError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.25)
+
+
+def _sizes(job: Job, image_config: ImageConfig, endpoint_sequences: int | None) -> Resources:
     is_shared = endpoint_sequences is not None
     cluster = _Cluster.present(is_shared)
     engine_gpus = 0.0 if is_shared else job.engine.gpus
