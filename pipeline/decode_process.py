@@ -128,7 +128,7 @@ class _SharedMemory:
             size = max(stop, os.fstat(self._descriptor).st_size)
             os.ftruncate(self._descriptor, size)
             self._map = mmap.mmap(self._descriptor, size)
-        self._map[start:stop] = tiles.pixels.tobytes()
+        self._map[start:stop] = tiles.pixels.data.cast("B")
 
 
 if __name__ == "__main__":

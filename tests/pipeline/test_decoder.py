@@ -214,3 +214,12 @@ time.sleep(60)
 
 def test_options_survive_the_command_line() -> None:
     assert DecoderOptions.from_json(options().to_json()) == options()
+
+
+def test_tiles_cannot_be_taken_back(decoder: Decoder) -> None:
+    """A child that a picture has taken over may write nonsense, but not shorten the file under its reader."""
+    decoder.prepare([picture(1)])
+    descriptor = decoder._shared.fileno()
+    assert os.fstat(descriptor).st_size > 0
+    with pytest.raises(PermissionError):
+        os.ftruncate(descriptor, 0)
