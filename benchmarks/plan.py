@@ -85,9 +85,9 @@ def draws(images: int, options: DocumentOptions) -> Iterator[Any]:
 SOURCES: dict[str, Write] = {"photos": photos_in_a_tar, "documents": documents_in_parquet, "words": words_in_files}
 
 
-def smolvlm(command: str, job: Path) -> dict[str, Any]:
+def smolvlm(command: str, job: Path, *options: str) -> dict[str, Any]:
     """Run `smolvlm COMMAND JOB --json` and return the last object that it prints."""
-    arguments = [sys.executable, "-m", "jobs", command, str(job), "--json"]
+    arguments = [sys.executable, "-m", "jobs", command, str(job), "--json", *options]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"smolvlm {command} ended with code {done.returncode}:\n{done.stderr[-3000:]}")
@@ -95,8 +95,8 @@ def smolvlm(command: str, job: Path) -> dict[str, Any]:
     return found
 
 
-def measure(name: str, images: int, model: str, tokens: int, folder: Path) -> dict[str, Any]:
-    """Make a source, plan it, run it, and return both."""
+def measure(name: str, images: int, model: str, tokens: int, folder: Path, *options: str) -> dict[str, Any]:
+    """Make a source, plan it with `options`, run it, and return both."""
     (folder / name).mkdir()
     content = {
         "name": name,
@@ -107,7 +107,7 @@ def measure(name: str, images: int, model: str, tokens: int, folder: Path) -> di
     }
     job = folder / f"{name}.json"
     job.write_text(json.dumps(content))
-    planned, ran = smolvlm("plan", job), smolvlm("run", job)
+    planned, ran = smolvlm("plan", job, *options), smolvlm("run", job)
     assert planned["images"] == ran["rows"] == images, (planned, ran)
     planned_s = 3600 * planned["hours"]
     print(f"{name}: planned {planned_s:.0f} s, measured {ran['elapsed_s']:.0f} s", flush=True)
@@ -151,9 +151,13 @@ def main() -> None:
             tokens = 16
             arguments.photos = arguments.documents = arguments.words = 40
             arguments.model = str(create_checkpoint(Path(folder) / "tiny", "tiny"))
-        found = {
-            name: measure(name, getattr(arguments, name), arguments.model, tokens, Path(folder)) for name in SOURCES
-        }
+        found = {}
+        for name in SOURCES:
+            # Trying the engine takes most of a small run: the first source's figures serve the others.
+            option = "--profile" if found else "--save-profile"
+            options = [option, str(Path(folder) / "profile.json")] if arguments.smoke else []
+            images = getattr(arguments, name)
+            found[name] = measure(name, images, arguments.model, tokens, Path(folder), *options)
     print_table(found)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count()}
     print(json.dumps({"ratios": {name: row["ratio"] for name, row in found.items()}, "sources": found, **versions}))
