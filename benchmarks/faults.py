@@ -27,11 +27,8 @@ import tarfile
 import tempfile
 import threading
 import time
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +37,11 @@ import psutil
 import pyarrow.parquet as pq
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPPORT = ROOT / "tests" / "support"
 # The stand-in engine lives with the tests. This folder itself must not be searched: `pipeline` is the package.
-sys.path[0] = str(SUPPORT)
+sys.path[:1] = [str(ROOT), str(SUPPORT)]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SUPPORT), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -54,6 +50,7 @@ import ray
 from ray.cluster_utils import Cluster
 from standin import PixelAnswerer, text_of
 
+from benchmarks.faulting.meter import Meter, Strike, timeline, watching
 from jobs.verify import verify
 from pipeline.generate import Pending
 from pipeline.job import EngineOptions, ImageOptions, Job, Model, Output, Source, Task
@@ -66,8 +63,6 @@ TASK = Task("caption", "Describe this image.", max_new_tokens=32)
 IMAGES_PER_TAR = 1000
 BROKEN_EVERY = 50
 ENGINES = NODES = 3
-WINDOW_S, BACK_AT = 5.0, 0.9
-STANDS_STILL_S = 240.0
 WORKER = re.compile(r"ray::(MapWorker|Write|StreamingRepartition|ReadManifest|Board)|pipeline\.decode_process")
 
 
@@ -124,56 +119,6 @@ def drive(address: str, folder: Path, images: int, rate: float) -> None:
     )
     summary = run(job, answerer_factory=functools.partial(PacedAnswerer, rate=rate, log=folder / "answers.log"))
     print(json.dumps({"rows": summary.rows, "resumed": summary.resumed_rows}), flush=True)
-
-
-@dataclass
-class Strike:
-    """One fault: what, when, and when the capacity that it took was there again (seconds of the meter)."""
-
-    kind: str
-    at: float
-    capacity_at: float
-
-
-@dataclass
-class Meter:
-    """How many answers there were, twice a second; an answer is a byte in a file."""
-
-    log: Path
-    started: float = field(default_factory=time.monotonic)
-    times: list[float] = field(default_factory=list)
-    answers: list[int] = field(default_factory=list)
-
-    @property
-    def now(self) -> float:
-        """Seconds since the beginning."""
-        return time.monotonic() - self.started
-
-    def watch(self, over: threading.Event) -> None:
-        """Look until it is over."""
-        while not over.wait(0.5):
-            self.answers.append(self.log.stat().st_size if self.log.exists() else 0)
-            self.times.append(self.now)
-
-    def rate(self, start: float, stop: float) -> float:
-        """Answers a second between two moments."""
-        first, last = bisect_left(self.times, start), bisect_left(self.times, stop)
-        if last >= len(self.times) or last <= first:
-            return 0.0
-        return (self.answers[last] - self.answers[first]) / (self.times[last] - self.times[first])
-
-    def back_after(self, moment: float, steady: float) -> float | None:
-        """Seconds from `moment` to the first window that is as busy as it was, None if there is none yet."""
-        starts = self.times[bisect_left(self.times, moment) :]
-        found = (each for each in starts if self.rate(each, each + WINDOW_S) >= BACK_AT * steady)
-        start = next(found, None)
-        return None if start is None else start - moment
-
-    def check_moves(self) -> None:
-        """Raise if there was no answer for a long time."""
-        first = bisect_left(self.times, self.now - STANDS_STILL_S)
-        if self.now > STANDS_STILL_S and self.answers[first:] and self.answers[first] == self.answers[-1]:
-            raise RuntimeError(f"no answer for {STANDS_STILL_S:.0f} s: the run stands still")
 
 
 class Bed:
@@ -289,7 +234,7 @@ def write_inputs(folder: Path, images: int) -> dict[tuple[str, str], str]:
     folder.mkdir()
     expected = {}
     rng = np.random.default_rng(0)
-    config, policy = ImageConfig.from_pretrained(folder.parent / "model"), ImagePolicy(upscale=False)
+    config = ImageConfig.from_pretrained(folder.parent / "model")
     policy = ImagePolicy(upscale=False, image_splitting=False)
     for first in range(0, images, IMAGES_PER_TAR):
         path = folder / f"{first:08d}.tar"
@@ -330,31 +275,6 @@ def compare(output: Path, expected: dict[tuple[str, str], str]) -> dict[str, int
         "wrong": sum(expected.get(key) != text for key, text in texts.items()),
         "unreadable_files": report.unreadable,
     }
-
-
-def timeline(meter: Meter, strikes: list[Strike], step_s: float = 10.0) -> Table:
-    """Return rows a second over time, and what struck when."""
-    table = Table("seconds", "answers/s", "", "struck", title="faults")
-    most = max((meter.rate(s, s + step_s) for s in np.arange(0, meter.now, step_s)), default=0.0) or 1.0
-    for start in np.arange(0, meter.times[-1], step_s):
-        rate = meter.rate(start, min(start + step_s, meter.times[-1] - 0.6))
-        struck = Counter(each.kind for each in strikes if start <= each.at < start + step_s)
-        words = ", ".join(f"{count} {kind}" for kind, count in struck.items())
-        table.add_row(f"{start:.0f}", f"{rate:.0f}", "█" * round(30 * rate / most), words)
-    return table
-
-
-@contextmanager
-def watching(meter: Meter) -> Iterator[None]:
-    """Count answers for the length of the block."""
-    over = threading.Event()
-    thread = threading.Thread(target=meter.watch, args=(over,), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def soak(folder: Path, setting: Setting, seed: int) -> dict[str, Any]:
