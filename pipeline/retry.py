@@ -62,9 +62,7 @@ def retry(
     started = time.monotonic()
     destination = Location(job.output.uri, job.output.endpoint_url)
     check_claim(destination, job)
-    resources = resources_for(job)
-    if resources.awaited and say is not None:
-        say(resources.awaited)
+    resources = resources_for(job, say)
     with Lease(destination, hourly_cost(job)) as lease:
         manifest = _finished_manifest(destination)
         replace_errors(destination, manifest, lease.fence)  # what an interrupted retry has left

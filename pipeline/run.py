@@ -76,9 +76,7 @@ def run(
     destination = Location(job.output.uri, job.output.endpoint_url)
     check_destination(job)
     check_deadline(job.limits)
-    resources = resources_for(job)
-    if resources.awaited and say is not None:
-        say(resources.awaited)
+    resources = resources_for(job, say)
     check_claim(destination, job)
     with Lease(destination, hourly_cost(job)) as lease:
         claim(destination, job)
@@ -97,10 +95,14 @@ def run(
         return _finish(destination, manifest, control, ranges.count(done), end, clock.reached, elapsed_s)
 
 
-def resources_for(job: Job) -> Resources:
-    """Return the sizes for the running cluster. Raises ConfigError where the job does not fit it."""
+def resources_for(job: Job, say: Callable[[str], None] | None) -> Resources:
+    """Return the sizes for the running cluster, and tell `say` what has to come first. Raises ConfigError where the job
+    does not fit it."""
     image_config = ImageConfig.from_pretrained(resolve_checkpoint(job.model.id, job.model.revision))
-    return plan_resources(job, image_config, _endpoint_sequences(job))
+    resources = plan_resources(job, image_config, _endpoint_sequences(job))
+    if resources.awaited and say is not None:
+        say(resources.awaited)
+    return resources
 
 
 def answerer_for(job: Job) -> Answerer:

@@ -33,7 +33,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
 
 def _causal_bias(q: Tensor) -> Tensor:
     """[T, T]: -inf where a key comes after its query. Adding it takes no backward pass over the scores; a mask does."""
-    return torch.full((q.shape[-2],) * 2, -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+    later = later_keys(q.shape[-2], q.device)
+    return torch.zeros(later.shape, dtype=q.dtype, device=q.device).masked_fill_(later, -torch.inf)
 
 
 def later_keys(num_tokens: int, device: torch.device) -> Tensor:

@@ -1,21 +1,12 @@
 """The benchmark runs and ends with its JSON line; its figures are not judged here."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from smoke import smoke_report
 
 
 @pytest.mark.timeout(300)
 def test_planning_runs() -> None:
-    command = [sys.executable, "benchmarks/planning.py", "--smoke"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = smoke_report("planning.py", timeout_s=280)
     assert report["objects"] == 3000
     assert set(report["cases"]) == {"plan", "manifest", "run"}
     for rows in report["cases"].values():

@@ -1,23 +1,12 @@
 """The benchmark runs and ends with its JSON line; its figures are not judged here."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from smoke import smoke_report
 
 
 @pytest.mark.timeout(400)
 def test_serve_runs() -> None:
-    command = [sys.executable, "benchmarks/serve.py", "--smoke"]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=380)
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = smoke_report("serve.py", timeout_s=380, RAY_AUTH_MODE="disabled", OMP_NUM_THREADS="1")
     assert report["ratio"] == pytest.approx(report["ours"] / report["peer"], abs=1e-2)
     ours = report["details"]["ours"]
     assert 0 < ours["overhead_ms"]["gateway_50"] < ours["overhead_ms"]["total_50"]

@@ -1,22 +1,13 @@
 """The comparison of training loops runs and ends with its JSON line; its figures are not judged here."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from smoke import ROOT, smoke_report
 
 
 def test_both_train_the_same_model_on_the_same_batches() -> None:
-    command = [sys.executable, "benchmarks/training.py", "jobs/examples/train_overfit.yaml", "--smoke"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = smoke_report(
+        "training.py", "jobs/examples/train_overfit.yaml", timeout_s=280, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"
+    )
     ours, theirs = (report["details"][name] for name in ("ours", "transformers"))
     # Before a step, and after one with the same gradient and optimizer.
     assert ours["first_losses"] == pytest.approx(theirs["first_losses"], rel=2e-3)

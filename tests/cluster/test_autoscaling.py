@@ -7,10 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from noise import write_noise
 from standin import text_of
 
 from pipeline.job import Task
@@ -29,11 +28,7 @@ def can_be_alone() -> bool:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for index in range(NUM_IMAGES):
-        Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(folder / f"{index:04d}.png")
-    return folder
+    return write_noise(tmp_path_factory.mktemp("images"), NUM_IMAGES)
 
 
 @pytest.fixture

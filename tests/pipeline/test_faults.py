@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
 from driver import make_job
-from PIL import Image
+from noise import write_noise
 from standin import PixelAnswerer
 
 from jobs.verify import verify
@@ -31,10 +30,7 @@ IN_FLIGHT_ROWS = 120
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for index in range(NUM_IMAGES):
-        Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(folder / f"{index:04d}.png")
+    folder = write_noise(tmp_path_factory.mktemp("images"), NUM_IMAGES)
     for index in range(0, NUM_IMAGES, 20):
         (folder / f"{index:04d}.png").write_bytes(b"not an image")
     return folder

@@ -18,7 +18,7 @@ import openai
 import pyarrow.parquet as pq
 import pytest
 from local_gateway import data_url
-from PIL import Image
+from noise import write_noise
 
 from pipeline.endpoint.client import EngineStatus, EngineUnavailable
 from pipeline.endpoint.options import EndpointOptions
@@ -44,10 +44,7 @@ def options(model: Model) -> EndpointOptions:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for index in range(NUM_IMAGES):
-        Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(folder / f"{index:04d}.png")
+    folder = write_noise(tmp_path_factory.mktemp("images"), NUM_IMAGES)
     (folder / "0003.png").write_bytes(b"not an image")
     return folder
 
