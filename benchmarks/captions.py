@@ -49,12 +49,12 @@ class Side:
         """Seconds for the first so many pictures. Raises RuntimeError if the side ends or answers short."""
         answer = self._ask({"pictures": pictures, "tokens": tokens})
         if answer["tokens"] != [tokens] * pictures:
-            raise RuntimeError(f"{self._process.args}: gave {answer['tokens']} tokens instead of {tokens} each")
+            raise RuntimeError(f"{self._process.args!r}: gave {answer['tokens']} tokens instead of {tokens} each")
         return float(answer["seconds"])
 
     def wait_ready(self) -> None:
         if self._line() != "ready":
-            raise RuntimeError(f"{self._process.args}: said something else than ready")
+            raise RuntimeError(f"{self._process.args!r}: said something else than ready")
 
     def _ask(self, turn: dict[str, int]) -> Any:
         assert self._process.stdin is not None
@@ -65,7 +65,7 @@ class Side:
         assert self._process.stdout is not None
         line = self._process.stdout.readline().strip()
         if not line:
-            raise RuntimeError(f"{self._process.args}: ended; what it printed stands above")
+            raise RuntimeError(f"{self._process.args!r}: ended; what it printed stands above")
         return line
 
 

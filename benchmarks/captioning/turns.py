@@ -16,7 +16,7 @@ Caption = Callable[[list[Path], int], list[int]]
 
 
 def take_turns(prepare: Callable[[dict[str, Any]], Caption]) -> None:
-    """Load what the work file names; `{"pictures": n, "tokens": m}` is answered by `{"seconds": s, "tokens": [...]}`."""
+    """Load what the work file names; answer `{"pictures": n, "tokens": m}` with `{"seconds": s, "tokens": [...]}`."""
     answers = _own_stdout()
     work: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     pictures = [Path(each) for each in work["pictures"]]
