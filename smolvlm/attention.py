@@ -1,7 +1,7 @@
 """The paged key/value cache and three ways to attend to it: packed prefill, prefill behind a cached beginning, decode.
 
-All offer `positions` and `attend`, which is all the text decoder knows of them; other backends (a fused kernel, a
-graph-captured decode) take their place behind the same two names.
+All offer `positions` and `attend`, which is all the text decoder knows of them; the fused decode of
+smolvlm.kernels.paged_decode takes its place behind the same two names.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ class KVCache:
     """Keys and values of all layers in fixed-size blocks; block 0..num_blocks-1 of `block_size` tokens each.
 
     Layout [layers, blocks, block_size, 2, kv_heads, D]: the keys and values of a token lie together, so one scatter
-    writes them and one gather reads them.
+    writes them and one gather reads them. One block more, `scratch`, belongs to nobody: rows of a decode batch that are
+    padding write there.
     """
 
     def __init__(
         self, config: TextConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.block_size = block_size
+        self.scratch = num_blocks
         self.token_shape = (2, config.num_kv_heads, config.head_dim)
-        self.storage = _lazy_zeros((config.num_layers, num_blocks, block_size, *self.token_shape), device, dtype)
+        self.storage = _lazy_zeros((config.num_layers, num_blocks + 1, block_size, *self.token_shape), device, dtype)
         self._gathered = torch.empty(0, device=device, dtype=dtype)
 
     @staticmethod
@@ -130,6 +132,15 @@ class PagedDecode:
         self.cache.write(layer, self.slots, kv)
         k, v = self.cache.gather(layer, self.block_table).unbind(2)  # [B, L, kv_heads, D] each
         return grouped_attention(q, k, v, self.visible)
+
+
+def paged_decode(positions: Tensor, block_table: Tensor, cache: KVCache) -> PagedDecode:
+    """The decode of tokens at `positions` [B] whose sequences lie in `block_table` [B, N], in plain torch."""
+    size = cache.block_size
+    block = block_table.gather(1, (positions // size).unsqueeze(1)).squeeze(1)
+    keys = torch.arange(block_table.shape[1] * size, device=block_table.device)
+    visible = keys <= positions.unsqueeze(1)  # [B, L]
+    return PagedDecode(positions, block * size + positions % size, block_table, visible[:, None, None], cache)
 
 
 def packed_prefill(lengths: tuple[int, ...], device: torch.device) -> PackedPrefill:

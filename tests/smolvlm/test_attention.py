@@ -114,8 +114,9 @@ def _decode(cache: KVCache, tables: list[list[int]], lengths: list[int]) -> Page
     return PagedDecode(positions, torch.tensor(slots), padded, visible[:, None, None], cache)
 
 
-def test_a_new_cache_holds_zeros_and_costs_what_block_bytes_says() -> None:
+def test_a_new_cache_holds_zeros_and_costs_what_block_bytes_says_and_a_block_more() -> None:
     cache = KVCache(CONFIG, num_blocks=5, block_size=4, device=CPU, dtype=torch.bfloat16)
     assert cache.storage.dtype is torch.bfloat16
     assert not cache.storage.any()
-    assert cache.storage.nbytes == 5 * KVCache.block_bytes(CONFIG, 4, torch.bfloat16)
+    assert cache.scratch == 5
+    assert cache.storage.nbytes == 6 * KVCache.block_bytes(CONFIG, 4, torch.bfloat16)
