@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smolvlm.config import TextConfig
+from smolvlm.cpu import decode_attention
 
 
 class Attention(Protocol):
@@ -120,7 +121,10 @@ class PagedPrefill:
 
 @dataclass(frozen=True)
 class PagedDecode:
-    """One new token for each of B sequences, attending to the pages of its own sequence."""
+    """One new token for each of B sequences, attending to the pages of its own sequence.
+
+    On a CPU in place, with native code; gathering the pages for torch's operator takes several times as long.
+    """
 
     positions: Tensor  # int64 [B]
     slots: Tensor  # int64 [B]
@@ -130,6 +134,9 @@ class PagedDecode:
 
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         self.cache.write(layer, self.slots, kv)
+        attended = decode_attention(q, self.cache.storage[layer], self.block_table, self.positions)
+        if attended is not None:
+            return attended
         k, v = self.cache.gather(layer, self.block_table).unbind(2)  # [B, L, kv_heads, D] each
         return grouped_attention(q, k, v, self.visible)
 
