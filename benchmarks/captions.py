@@ -18,6 +18,7 @@ import io
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -71,16 +72,17 @@ class Side:
 
 @contextmanager
 def side_at_work(python: str, script: str, work: Path) -> Iterator[Side]:
+    command = [python, str(SIDES / script), str(work)]
     process = subprocess.Popen(
-        [python, str(SIDES / script), str(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
         side = Side(process)
         side.wait_ready()
         yield side
     finally:
-        process.kill()
-        process.wait()
+        os.killpg(process.pid, signal.SIGKILL)  # vLLM works in children
+        process.communicate()
 
 
 def write_work(folder: Path, args: argparse.Namespace) -> Path:
