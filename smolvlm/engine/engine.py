@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import abc
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,8 +15,8 @@ from smolvlm.config import ModelConfig
 from smolvlm.engine.admission import Limits
 from smolvlm.engine.block_manager import BlockManager
 from smolvlm.engine.prefix import BlockKeys, TileNames, by_content, by_identity
-from smolvlm.engine.runner import Chosen, Runner
-from smolvlm.engine.scheduler import Decode, Encode, Prefill, Scheduler
+from smolvlm.engine.runner import Chosen, DecodeMode, Runner
+from smolvlm.engine.scheduler import Decode, Encode, Prefill, Scheduler, Work
 from smolvlm.engine.sequence import BATCH, ONLINE, Completion, OnToken, Sequence
 from smolvlm.engine.stats import Counters
 from smolvlm.hub import resolve_checkpoint
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from smolvlm.processor import ModelInput
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 BLOCK_SIZE = 16
@@ -57,11 +60,12 @@ class Engine:
         limits: Limits,
         device: torch.device,
         prefix_caching: bool = True,
+        decode: DecodeMode | None = None,
     ) -> None:
         self.config: ModelConfig = model.config
         self.max_tokens = min(model.config.text.max_positions, (num_blocks - limits.online_blocks) * cache.block_size)
         self.prefix_caching = prefix_caching
-        self.runner = Runner(model, cache, device)
+        self.runner = Runner(model, cache, device, decode)
         self.scheduler = Scheduler(limits, BlockManager(num_blocks, cache.block_size))
         self.counters = Counters()
         self._tile_digests, self._tile_identities = TileNames(by_content), TileNames(by_identity)
@@ -80,6 +84,7 @@ class Engine:
         tile_batch: int | None = None,
         kv_cache_bytes: int | None = None,
         prefix_caching: bool = True,
+        decode: DecodeMode | None = None,
     ) -> Engine:
         """Load a checkpoint directory or a pinned hub revision.
 
@@ -93,13 +98,17 @@ class Engine:
             kv_cache_bytes: memory for keys and values, an eighth of it for online sequences alone once there are any;
                 default 8/7 GiB on a CPU, touched as needed, else most of what is free after loading.
             prefix_caching: compute equal beginnings of prompts once.
+            decode: "graph", the default on a GPU, replays CUDA graphs around an attention kernel written in Triton;
+                "eager", the default on a CPU, runs torch's own operators one by one.
 
         Raises:
             ValueError: an argument is out of range, or the checkpoint is not one that this model can load.
+            ImportError: `decode` is "graph" and Triton is not installed.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
         place, kind = torch.device(device), DTYPES[dtype]
+        _check_decode(decode, place)
         given = {"max_num_sequences": max_num_sequences, "max_num_tokens": max_num_tokens, "tile_batch": tile_batch}
         limits = _limits(place, {name: value for name, value in given.items() if value is not None})
         model = _load(resolve_checkpoint(str(path), revision), place, kind)
@@ -107,7 +116,7 @@ class Engine:
         num_blocks = _num_blocks(model.config, budget, limits, kind)
         limits = replace(limits, online_blocks=num_blocks // ONLINE_SHARE)
         cache = KVCache(model.config.text, num_blocks, BLOCK_SIZE, place, kind)
-        return cls(model, cache, num_blocks, limits, place, prefix_caching)
+        return cls(model, cache, num_blocks, limits, place, prefix_caching, decode)
 
     @property
     def has_unfinished(self) -> bool:
@@ -148,9 +157,24 @@ class Engine:
         return sequence
 
     def step(self) -> list[Sequence]:
-        """Do the next piece of work and return the sequences that it finished."""
+        """Do the next piece of work and return the sequences that it finished.
+
+        Where the device has no memory for it, the work is queued again and its limit halved, with a warning in the log.
+        """
         self.counters.steps += 1
-        match self.scheduler.schedule():
+        work = self.scheduler.schedule()
+        try:
+            return self._do(work)
+        except torch.OutOfMemoryError:
+            limit = None if work is None else self.scheduler.halve(work)
+            if limit is None:
+                raise
+            logger.warning("the device ran out of memory; from here on at most %s", limit)
+        _release_unused(self.runner.device)  # out here, since the exception kept what the failed work had taken
+        return []
+
+    def _do(self, work: Work | None) -> list[Sequence]:
+        match work:
             case Encode(spans):
                 self.runner.encode(spans)
             case Prefill(sequences):
@@ -224,6 +248,13 @@ class Engine:
         return finished
 
 
+def _check_decode(decode: str | None, device: torch.device) -> None:
+    if decode not in (None, "eager", "graph"):
+        raise ValueError(f"decode is {decode!r}; it must be 'eager' or 'graph'")
+    if decode == "graph" and device.type != "cuda":
+        raise ValueError(f"decode is 'graph' and device {str(device)!r}; CUDA graphs need a CUDA device: leave it out")
+
+
 def _check_prompt(prompt: list[int], vocab_size: int) -> None:
     if not prompt:
         raise ValueError("prompt_token_ids is empty; a prompt has at least one token")
@@ -278,3 +309,9 @@ def _default_cache_bytes(device: torch.device) -> int:
         return CPU_CACHE_BYTES
     free, _ = torch.cuda.mem_get_info(device)
     return max(0, int(0.85 * free) - 2 * GIB)
+
+
+def _release_unused(device: torch.device) -> None:
+    """Give memory that torch keeps in pieces of the wrong size back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

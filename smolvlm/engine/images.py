@@ -48,6 +48,11 @@ class EncodedImage:
         self._scheduled[start:stop] = [True] * (stop - start)
         return TileSpan(self, start, stop)
 
+    def give_back(self, span: TileSpan) -> None:
+        """The batch with these tiles failed: those that are not encoded can be taken again."""
+        for tile in range(span.start, span.stop):
+            self._scheduled[tile] = self._encoded[tile]
+
     @property
     def embeddings(self) -> Tensor:
         """Image token embeddings of all tiles, in their order: [N * image_seq_len, H]."""

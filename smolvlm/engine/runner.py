@@ -6,18 +6,23 @@ Everything between two tokens stays on the device; the host waits once per step,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from smolvlm.attention import KVCache, PackedPrefill, PagedDecode, PagedPrefill
+from smolvlm.attention import KVCache, PackedPrefill, PagedDecode, PagedPrefill, paged_decode
+from smolvlm.engine.chosen import Chosen as Chosen
+from smolvlm.engine.chosen import read_tokens
+from smolvlm.engine.cuda_graph import graph_decoder
 from smolvlm.engine.images import TileSpan
-from smolvlm.engine.sequence import Sequence, Token
+from smolvlm.engine.sequence import Sequence
+from smolvlm.engine.static_decode import StaticDecoder
 from smolvlm.model import SmolVLM
-from smolvlm.sampling import SamplingTensors, choose_tokens, top_logprobs
+from smolvlm.sampling import SamplingTensors, choose_tokens
 
-Chosen = list[Token]  # one per sequence
+DecodeMode = Literal["eager", "graph"]  # operators of torch one by one, or CUDA graphs with a fused attention
 Part = tuple[Sequence, int, int]  # prompt[start:stop] of a sequence
 
 
@@ -33,21 +38,22 @@ class DecodeBatch:
 
     def attention(self, cache: KVCache, num_tokens: int) -> PagedDecode:
         """Write and read positions for a step in which the longest sequence has `num_tokens` tokens."""
-        size = cache.block_size
-        table = self.block_table[:, : -(-num_tokens // size)]
-        block = table.gather(1, (self.positions // size).unsqueeze(1)).squeeze(1)
-        keys = torch.arange(table.shape[1] * size, device=table.device)
-        visible = keys <= self.positions.unsqueeze(1)  # [B, L]
-        return PagedDecode(self.positions, block * size + self.positions % size, table, visible[:, None, None], cache)
+        return paged_decode(self.positions, self.block_table[:, : -(-num_tokens // cache.block_size)], cache)
+
+
+def default_decode(device: torch.device) -> DecodeMode:
+    return "graph" if device.type == "cuda" else "eager"
 
 
 class Runner:
-    """Owns the model and its cache; knows nothing of queues."""
+    """Owns the model and its cache; knows nothing of queues. `decode` None is what suits the device."""
 
-    def __init__(self, model: SmolVLM, cache: KVCache, device: torch.device) -> None:
+    def __init__(self, model: SmolVLM, cache: KVCache, device: torch.device, decode: DecodeMode | None = None) -> None:
         self.model = model
         self.cache = cache
         self.device = device
+        graphs = (decode or default_decode(device)) == "graph"
+        self.static: StaticDecoder | None = graph_decoder(model, cache, device) if graphs else None
         self._batch: DecodeBatch | None = None
 
     @torch.inference_mode()
@@ -75,6 +81,8 @@ class Runner:
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence]) -> Chosen:
         """Choose the next token of each sequence."""
+        if self.static is not None:
+            return self.static.decode(sequences)
         batch = self._batch
         if batch is None or batch.ids != [sequence.id for sequence in sequences]:
             batch = self._batch = self._decode_batch(sequences)
@@ -148,10 +156,8 @@ class Runner:
         if sampling is not None:
             uniform = self._to_device(torch.tensor([[sequence.random.random()] for sequence in sequences]))
         tokens, logprobs = choose_tokens(logits, sampling, uniform)
-        both = torch.stack([tokens.float(), logprobs]).tolist()  # one wait; float32 holds every token id exactly
-        counts = [sequence.params.top_logprobs for sequence in sequences]
-        top = top_logprobs(logits, counts) if any(counts) else [()] * len(counts)
-        return tokens, [Token(int(token), logprob, best) for token, logprob, best in zip(*both, top, strict=True)]
+        chosen = torch.stack([tokens.float(), logprobs])
+        return tokens, read_tokens(chosen, logits, sequences, range(len(sequences)))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from smolvlm.engine.admission import PATIENCE, Admission, Limits
 from smolvlm.engine.block_manager import BlockManager
@@ -56,6 +56,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._delay = 0  # pieces of work since the last decode; one of batch work counts as MAX_DELAY
         self._overtaken = 0  # pieces of online work in a row that went before batch work
+        self._cuts_all = False  # whether any prompt may be cut, because a whole one did not fit into memory
         self._decodes_next = True  # whether the next turn of batch work, if it may be either, is a decode
 
     @property
@@ -109,6 +110,25 @@ class Scheduler:
         self.finish([sequence])
         self.admitted = [each for each in self.admitted if each is not sequence]
 
+    def halve(self, work: Work) -> str | None:
+        """The device had no memory for this work: queue it again, and give out half as much at once from now on.
+
+        Says what the new limit is; None if the work was as small as it gets, or is a decode, which no limit bounds.
+        """
+        match work:
+            case Encode(spans) if (tiles := sum(span.stop - span.start for span in spans)) > 1:
+                for span in spans:
+                    span.image.give_back(span)
+                self.limits = replace(self.limits, tile_batch=tiles // 2)
+                return f"{tiles // 2} tiles per encoder batch"
+            case Prefill(sequences):
+                tokens = sum(sequence.num_scheduled - sequence.num_computed for sequence in sequences)
+                if tokens > 1:
+                    most = min(tokens // 2, self.limits.max_num_tokens)
+                    self.limits, self._cuts_all = replace(self.limits, max_num_tokens=most), True
+                    return f"{most} tokens per prefill"
+        return None
+
     def _admit(self) -> None:
         while sequence := self.waiting.admit(self.admitted + self.running):
             self._drop_images(sequence, sequence.num_computed)
@@ -153,7 +173,8 @@ class Scheduler:
         self._delay += 1 if urgent else MAX_DELAY
         cuts = self.waiting.serves_online and not (urgent and not self.running)
         max_tokens = min(limits.piece_tokens, limits.max_num_tokens) if cuts else limits.max_num_tokens
-        ready = _packed([sequence for sequence in group if sequence.is_encoded], max_tokens, cuts)
+        encoded = [sequence for sequence in group if sequence.is_encoded]
+        ready = _packed(encoded, max_tokens, cuts or self._cuts_all)
         pending = [sequence for sequence in group if not sequence.is_encoded]
         if ready and (not pending or urgent or _is_full(ready, max_tokens)):
             return Prefill(ready)

@@ -72,7 +72,7 @@ def test_logprobs_are_those_of_the_model(loop: EngineLoop, engine: Engine, make_
 def test_only_batches_that_ask_pay_for_alternatives(
     loop: EngineLoop, question: ModelInput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smolvlm.engine.runner.top_logprobs", lambda *_: pytest.fail("computed for nobody"))
+    monkeypatch.setattr("smolvlm.engine.chosen.top_logprobs", lambda *_: pytest.fail("computed for nobody"))
     tokens: list[Token] = []
     loop.submit(question, GREEDY, on_token=tokens.append).result(30)
     assert [token.top for token in tokens] == [()] * 8

@@ -1,0 +1,60 @@
+"""CUDA graphs: a step recorded once, then launched as one piece.
+
+A decode step at 256M is some 500 small kernels, which take the host longer to launch than the device to run.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from smolvlm.attention import KVCache
+from smolvlm.engine.static_decode import StaticDecoder, Step
+from smolvlm.model import SmolVLM
+
+WARM_UPS = 2  # compile kernels, and let libraries take the workspaces that they must not ask for while recording
+
+
+class GraphCapture:
+    """Records steps on one device; all recordings share the memory of their intermediate results, since no two run
+    at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Step) -> Step:
+        with torch.cuda.device(self.device):
+            self._warm_up(step)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: other threads of the process may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                step()
+        return graph.replay
+
+    def _warm_up(self, step: Step) -> None:
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                step()
+        current.wait_stream(stream)
+
+
+def graph_decoder(model: SmolVLM, cache: KVCache, device: torch.device) -> StaticDecoder:
+    """Decoding by CUDA graphs around the fused attention kernel.
+
+    Raises:
+        ImportError: Triton is missing.
+        ValueError: the kernel does not take this model's heads.
+    """
+    try:
+        from smolvlm.kernels.paged_decode import check_supported, fused_paged_decode
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        raise ImportError(
+            "decoding on a GPU needs triton, which torch's CUDA builds bring along and this environment lacks: install "
+            "it, or pass decode='eager' to do without, more slowly"
+        ) from error
+    check_supported(cache)
+    return StaticDecoder(model, cache, device, fused_paged_decode, GraphCapture(device))
