@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smolvlm.config import TextConfig
-from smolvlm.cpu import decode_attention
+from smolvlm.cpu.attention import decode_attention
 
 
 class Attention(Protocol):

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from PIL import Image, ImageChops
 
 from smolvlm.config import ImageConfig
+from smolvlm.cpu.resize import lanczos
 from smolvlm.formats import ALLOWED, is_truncated, sniff
 from smolvlm.tiling import first_size, largest_edge, whole_tiles
 
@@ -241,13 +242,13 @@ def split_image(image: Image.Image, config: ImageConfig, policy: ImagePolicy = I
     """
     if 0 in image.size:
         raise ValueError(f"an image of {image.width}×{image.height} pixels cannot be split into tiles")
-    image, side = _one_band_if_grey(image), config.tile_size
-    image = _resize(image, first_size(*image.size, policy.edge_for(*image.size, config), policy.upscale))
+    pixels, side = _as_array(_one_band_if_grey(image)), config.tile_size
+    pixels = _resize(pixels, first_size(*image.size, policy.edge_for(*image.size, config), policy.upscale))
     splitting = config.do_image_splitting if policy.image_splitting is None else policy.image_splitting
     if not splitting:
-        return _single(image, side)
-    image = _resize(image, whole_tiles(*image.size, side))
-    return _single(image, side) if image.size == (side, side) else _cut(image, side)
+        return _single(pixels, side)
+    pixels = _resize(pixels, whole_tiles(pixels.shape[1], pixels.shape[0], side))
+    return _single(pixels, side) if pixels.shape[:2] == (side, side) else _cut(pixels, side)
 
 
 def _one_band_if_grey(image: Image.Image) -> Image.Image:
@@ -263,30 +264,29 @@ def _one_band_if_grey(image: Image.Image) -> Image.Image:
     return red if same else image
 
 
-def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _single(image: Image.Image, side: int) -> Tiles:
-    pixels = np.empty((1, side, side, 3), np.uint8)
-    pixels[0] = _as_array(_resize(image, (side, side)))
-    return Tiles(pixels, rows=0, cols=0)
-
-
-def _cut(image: Image.Image, side: int) -> Tiles:
-    """Row-major crops, then the whole image as one tile. One band of tiles at a time stays in the cache."""
-    cols, rows = image.width // side, image.height // side
-    pixels = np.empty((rows * cols + 1, side, side, 3), np.uint8)
-    for row in range(rows):
-        band = _as_array(image.crop((0, row * side, image.width, (row + 1) * side)))
-        pixels[row * cols : (row + 1) * cols] = band.reshape(side, cols, side, -1).swapaxes(0, 1)
-    pixels[-1] = _as_array(_resize(image, (side, side)))
-    return Tiles(pixels, rows, cols)
-
-
 def _as_array(image: Image.Image) -> UInt8:
     """[H, W, 3], or [H, W, 1] of a grey image, which spreads over the channels it is assigned to."""
     return np.asarray(image).reshape(image.height, image.width, -1)
+
+
+def _resize(pixels: UInt8, size: tuple[int, int]) -> UInt8:
+    return pixels if (pixels.shape[1], pixels.shape[0]) == size else lanczos(pixels, size)
+
+
+def _single(pixels: UInt8, side: int) -> Tiles:
+    tile = np.empty((1, side, side, 3), np.uint8)
+    tile[0] = _resize(pixels, (side, side))
+    return Tiles(tile, rows=0, cols=0)
+
+
+def _cut(pixels: UInt8, side: int) -> Tiles:
+    """Row-major crops, then the whole image as one tile."""
+    rows, cols = pixels.shape[0] // side, pixels.shape[1] // side
+    tiles = np.empty((rows * cols + 1, side, side, 3), np.uint8)
+    crops = pixels.reshape(rows, side, cols, side, -1).swapaxes(1, 2)  # [rows, cols, S, S, C]
+    tiles[:-1].reshape(rows, cols, side, side, 3)[:] = crops
+    tiles[-1] = _resize(pixels, (side, side))
+    return Tiles(tiles, rows, cols)
 
 
 _quiet_lock = threading.Lock()

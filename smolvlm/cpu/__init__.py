@@ -1,5 +1,1 @@
-"""Native attention for CPUs, compiled where it runs."""
-
-from smolvlm.cpu.attention import decode_attention, encoder_attention
-
-__all__ = ["decode_attention", "encoder_attention"]
+"""Native code for CPUs, compiled where it runs: attention, and the resizing of images."""

@@ -77,14 +77,14 @@ def encoder_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
 
 @cache
 def _decode_library() -> ctypes._NamedFuncPointer | None:
-    library = native_library()
+    library = native_library("attention")
     return None if library is None else _declared(library.paged_decode, ctypes.c_void_p, ctypes.c_bool)
 
 
 @cache
 def _dense_library() -> ctypes._NamedFuncPointer | None:
     """None too where the processor has no such instructions."""
-    library = native_library()
+    library = native_library("attention")
     if library is None or not _declared(library.has_dense_attention)():
         return None
     return _declared(library.dense_attention, ctypes.c_void_p)

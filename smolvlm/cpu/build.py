@@ -1,8 +1,10 @@
 """Compile the C++ beside this file for the processor it runs on, once, and keep the result.
 
-One second with g++ or clang++. A library is named after its source, the compiler and every feature of the processor
-that the compiler knows, so that machines which share a home directory do not run each other's. Without a compiler the
-engine uses torch's own operators and says so in the log. SMOLVLM_NATIVE=0 switches native code off.
+A few seconds with g++ or clang++. A library is named after its source, the compiler and every feature of the processor
+that the compiler knows, so that machines which share a home directory do not run each other's. Without a compiler
+Pillow and torch do the work, which the log says. SMOLVLM_NATIVE=0 switches native code off.
+
+Decoder processes import this module: it stays free of torch.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import torch
-
-SOURCE = Path(__file__).with_name("attention.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi", "-Wno-unknown-pragmas")
+SOURCES = Path(__file__).parent
+# Without contraction a product and a sum round as two operations, as they do in Pillow.
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-ffp-contract=off", "-Wno-psabi")
+OPENMP = {"attention": ("-fopenmp",), "resize": ()}  # loaded after torch, it shares torch's threads
 TIMEOUT_S = 60
 logger = logging.getLogger(__name__)
 
@@ -30,14 +32,14 @@ class NoNativeCode(Exception):
 
 
 @cache
-def native_library() -> ctypes.CDLL | None:
-    """The compiled library, or None where it is switched off or cannot be built, which is logged once."""
+def native_library(name: str) -> ctypes.CDLL | None:
+    """The library compiled from `name`.cpp, or None: switched off, or it cannot be built, which is logged once."""
     if os.environ.get("SMOLVLM_NATIVE") == "0":
         return None
     try:
-        return load(compiler(), cache_directory())
+        return load(name, compiler(), cache_directory())
     except NoNativeCode as reason:
-        logger.warning("attention on the CPU runs on torch's operators, up to three times slower: %s", reason)
+        logger.warning("%s runs without native code, several times slower: %s", name, reason)
         return None
 
 
@@ -58,36 +60,34 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smolvlm"
 
 
-def load(cxx: str, directory: Path) -> ctypes.CDLL:
-    """The library for this processor, from `directory` or built into it. Several processes may do so at once.
-
-    It is loaded after torch and shares its OpenMP threads.
+def load(name: str, cxx: str, directory: Path) -> ctypes.CDLL:
+    """`name`.cpp as a library for this processor, from `directory` or built into it; several processes may at once.
 
     Raises:
         NoNativeCode: the compiler, the directory or the loader fails.
     """
-    target = directory / f"native-{_fingerprint(cxx)}.so"
+    source, flags = SOURCES / f"{name}.cpp", (*FLAGS, *OPENMP[name])
+    target = directory / f"{name}-{_fingerprint(source, cxx, flags)}.so"
     try:
         if not target.exists():
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _build(cxx, target)
+            _build(source, cxx, flags, target)
         return ctypes.CDLL(str(target))
     except OSError as error:
         raise NoNativeCode(f"{target}: {error}; name a writable directory in XDG_CACHE_HOME") from error
 
 
-def _build(cxx: str, target: Path) -> None:
+def _build(source: Path, cxx: str, flags: tuple[str, ...], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
         built = Path(directory) / target.name
-        _run([cxx, *FLAGS, "-shared", str(SOURCE), "-o", str(built)])
+        _run([cxx, *flags, "-shared", str(source), "-o", str(built)])
         built.replace(target)
 
 
-def _fingerprint(cxx: str) -> str:
+def _fingerprint(source: Path, cxx: str, flags: tuple[str, ...]) -> str:
     """Digest of what the library depends on; the predefined macros tell the compiler's version and the processor."""
-    macros = _run([cxx, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
-    parts = (SOURCE.read_bytes(), macros, torch.__version__.encode())
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+    macros = _run([cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+    return hashlib.sha256(source.read_bytes() + macros).hexdigest()[:24]
 
 
 def _run(command: list[str]) -> bytes:

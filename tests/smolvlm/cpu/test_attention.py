@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smolvlm.cpu import decode_attention, encoder_attention
-from smolvlm.cpu.attention import _dense_library
+from smolvlm.cpu.attention import _dense_library, decode_attention, encoder_attention
 from smolvlm.cpu.build import native_library
 
 HEAD_DIM = 64
-needs_native = pytest.mark.skipif(native_library() is None, reason="no C++ compiler")
+needs_native = pytest.mark.skipif(native_library("attention") is None, reason="no C++ compiler")
 needs_bfloat16 = pytest.mark.skipif(_dense_library() is None, reason="no bfloat16 vector instructions, or AMX")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 

@@ -24,33 +24,32 @@ def _cxx() -> str:
 
 
 def test_it_is_built_once(tmp_path: Path) -> None:
-    first = load(_cxx(), tmp_path / "cache")
+    first = load("resize", _cxx(), tmp_path / "cache")
     (built,) = (tmp_path / "cache").iterdir()
     changed = built.stat().st_mtime_ns
-    assert load(_cxx(), tmp_path / "cache")._name == first._name == str(built)
+    assert load("resize", _cxx(), tmp_path / "cache")._name == first._name == str(built)
     assert built.stat().st_mtime_ns == changed
 
 
 def test_another_source_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = build._fingerprint(_cxx())
-    (tmp_path / "attention.cpp").write_text('extern "C" int answer() { return 42; }', encoding="utf-8")
-    monkeypatch.setattr(build, "SOURCE", tmp_path / "attention.cpp")
-    assert build._fingerprint(_cxx()) != before
-    assert load(_cxx(), tmp_path / "cache").answer() == 42
+    load("resize", _cxx(), tmp_path / "cache")
+    (tmp_path / "resize.cpp").write_text('extern "C" int answer() { return 42; }', encoding="utf-8")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    assert load("resize", _cxx(), tmp_path / "cache").answer() == 42
 
 
 def test_what_the_compiler_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "attention.cpp").write_text("int broken(", encoding="utf-8")
-    monkeypatch.setattr(build, "SOURCE", tmp_path / "attention.cpp")
+    (tmp_path / "resize.cpp").write_text("int broken(", encoding="utf-8")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
     with pytest.raises(NoNativeCode, match="expected"):
-        load(_cxx(), tmp_path / "cache")
+        load("resize", _cxx(), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(NoNativeCode, match=r"file/cache.*XDG_CACHE_HOME"):
-        load(_cxx(), tmp_path / "file" / "cache")
+        load("resize", _cxx(), tmp_path / "file" / "cache")
 
 
 @pytest.mark.usefixtures("fresh")
@@ -59,10 +58,10 @@ def test_a_machine_without_a_compiler_says_so_once(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with caplog.at_level(logging.WARNING):
-        assert native_library() is None
-        assert native_library() is None
+        assert native_library("resize") is None
+        assert native_library("resize") is None
     assert [record.message for record in caplog.records] == [
-        "attention on the CPU runs on torch's operators, up to three times slower: no C++ compiler 'no-such-compiler'; "
+        "resize runs without native code, several times slower: no C++ compiler 'no-such-compiler'; "
         "install g++, or name one in CXX"
     ]
 
@@ -70,5 +69,5 @@ def test_a_machine_without_a_compiler_says_so_once(
 @pytest.mark.usefixtures("fresh")
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("SMOLVLM_NATIVE", "0")
-    assert native_library() is None
+    assert native_library("resize") is None
     assert caplog.records == []
