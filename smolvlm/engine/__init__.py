@@ -4,6 +4,7 @@ engine          Engine: add, step, generate          loop       EngineLoop: a th
 scheduler       what to do next                      runner     does it, on tensors
 admission       whose turn it is for memory          prefix     names of what pages hold
 sequence        one request                          images     images on their way through the encoder
+static_decode   the decode step on static buffers    cuda_graph captures that step for replay
 block_manager   pages of the cache                   stats      what it is doing, in numbers
 """
 

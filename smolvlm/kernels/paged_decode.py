@@ -89,8 +89,10 @@ def attend_pages(q: Tensor, kv: Tensor, pages: Tensor, block_table: Tensor, posi
     batch, num_heads, head_dim = q.shape
     num_kv_heads = pages.shape[3]
     out = torch.empty((batch, num_heads, head_dim), device=q.device, dtype=q.dtype)
-    parts = torch.empty((batch, num_heads, splits, head_dim), device=q.device) if splits > 1 else out
-    weights = torch.empty((batch, num_heads, splits), device=q.device) if splits > 1 else out
+    parts = weights = out
+    if splits > 1:
+        parts = torch.empty((batch, num_heads, splits, head_dim), device=q.device, dtype=torch.float32)
+        weights = torch.empty((batch, num_heads, splits), device=q.device, dtype=torch.float32)
     attend_kernel[(batch, num_kv_heads, splits)](
         q, kv, pages, block_table, positions, parts, weights,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), block_table.stride(0), positions.stride(0),

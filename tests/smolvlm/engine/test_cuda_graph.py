@@ -1,0 +1,62 @@
+"""Captured decoding on a GPU: TRITON_INTERPRET=0 python -m pytest tests/smolvlm/engine/test_cuda_graph.py"""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smolvlm import Engine, SamplingParams
+from smolvlm.engine.cuda_graph import GraphCapture
+from smolvlm.image import Tiles
+from smolvlm.processor import ModelInput
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1",
+    reason="needs a CUDA device, and TRITON_INTERPRET=0",
+)
+
+MakeTiles = Callable[..., Tiles]
+MakeInput = Callable[..., ModelInput]
+MakeEngine = Callable[..., Engine]
+
+GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def inputs(make_input: MakeInput, make_tiles: MakeTiles) -> list[ModelInput]:
+    texts = ("Good morning.", "Hi", "Once upon a time there was a small model that read pages.")
+    images = [make_input(make_tiles(1, 2, seed=seed), text="Read.") for seed in range(6)]
+    return [*images, *(make_input(text=text) for text in texts)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_replays_choose_the_tokens_of_plain_operators(
+    make_engine: MakeEngine, inputs: list[ModelInput], temperature: float
+) -> None:
+    """Sequences join and leave, and with them buckets change; float32, so that near-ties are rare."""
+    params = [
+        replace(GREEDY, max_new_tokens=4 + 3 * index, temperature=temperature, seed=index)
+        for index in range(len(inputs))
+    ]
+    graph, eager = (make_engine(device="cuda", decode=decode, max_num_sequences=5) for decode in ("graph", "eager"))
+    ours, plain = (engine.generate(inputs * 2, params * 2) for engine in (graph, eager))
+    assert [done.token_ids for done in ours] == [done.token_ids for done in plain]
+    assert [done.mean_logprob for done in ours] == pytest.approx([done.mean_logprob for done in plain], abs=1e-3)
+
+
+def test_a_replay_reads_the_buffers_anew_and_warm_ups_precede_it() -> None:
+    device = torch.device("cuda")
+    counter = torch.zeros(1, device=device)
+
+    def step() -> None:
+        counter.add_(1)
+
+    with torch.inference_mode():
+        replay = GraphCapture(device)(step)
+        before = counter.item()
+        counter.fill_(10)
+        replay()
+        replay()
+        assert (before, counter.item()) == (2, 12)
