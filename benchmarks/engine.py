@@ -1,10 +1,11 @@
 """The engine beside transformers' batched `generate`: same random weights, prompts and token counts, in one process.
 
-    python benchmarks/engine.py --size 256m --tiles 1 --tokens 64 --batch 8 --dtype bfloat16
+    python benchmarks/engine.py --size 256m --tiles 1 --tokens 64 --batch 1 4 16 --dtype bfloat16 --plot engine.png
 
 Both start from what their own preparation hands them (uint8 tiles; normalised float pixels) and generate exactly
 `--tokens` greedy tokens per image. The runs of the two alternate; the medians and the spread go into a table and, as
-the last line, into one JSON object.
+the last line, into one JSON object, beside what the device could do at best (measuring/limits.py). The figures at the
+top of the object are those of the last batch size. The first token is that of one image alone.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring.hardware import hardware
+from measuring.limits import Load, Rates, limit_seconds, measure_rates
+from measuring.plot import draw
 
 from smolvlm import Engine, Processor, SamplingParams
+from smolvlm.config import ModelConfig
 from smolvlm.engine.images import TileSpan
 from smolvlm.engine.runner import Chosen, Runner
 from smolvlm.engine.sequence import Sequence
@@ -73,8 +78,9 @@ class Side:
     """Ours or the peer, with the runs made so far."""
 
     name: str
-    once: Callable[[int], Run]
+    once: Callable[[int, int], Run]  # (images, tokens)
     runs: list[Run] = field(default_factory=list)
+    first_token_s: list[float] = field(default_factory=list)  # of one image alone
 
 
 class TimedRunner(Runner):
@@ -97,15 +103,20 @@ class TimedRunner(Runner):
 
 def ours(checkpoint: Path, inputs: list[ModelInput], args: argparse.Namespace) -> Side:
     engine = Engine.from_pretrained(
-        checkpoint, args.device, args.dtype, max_num_sequences=len(inputs), tile_batch=args.tile_batch
+        checkpoint,
+        args.device,
+        args.dtype,
+        max_num_sequences=len(inputs),
+        tile_batch=args.tile_batch,
+        prefix_caching=False,  # runs repeat their prompts
     )
     runner = TimedRunner(engine.runner.model, engine.runner.cache, engine.runner.device)
     engine.runner = runner
 
-    def once(tokens: int) -> Run:
+    def once(images: int, tokens: int) -> Run:
         runner.clock = clock = Clock(runner.device)
         start = clock.now()
-        done = engine.generate(inputs, SamplingParams(max_new_tokens=tokens, ignore_eos=True))
+        done = engine.generate(inputs[:images], SamplingParams(max_new_tokens=tokens, ignore_eos=True))
         return Run(clock.now() - start, clock.seconds, [completion.token_ids for completion in done])
 
     return Side("ours", once)
@@ -124,14 +135,14 @@ def peer(checkpoint: Path, inputs: list[ModelInput], args: argparse.Namespace) -
     pixels = torch.stack([torch.from_numpy(each.tiles[0].pixels) for each in inputs]).to(device)
     pixels = (pixels.permute(0, 1, 4, 2, 3).to(model.dtype) / 255 - 0.5) / 0.5  # [B, N, 3, S, S]
 
-    def once(tokens: int) -> Run:
+    def once(images: int, tokens: int) -> Run:
         clock.seconds = defaultdict(float)
         start = clock.now()
         with torch.inference_mode():
             out = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pixel_values=pixels,
+                input_ids=ids[:images],
+                attention_mask=torch.ones_like(ids[:images]),
+                pixel_values=pixels[:images],
                 max_new_tokens=tokens,
                 do_sample=False,
                 pad_token_id=0,
@@ -189,13 +200,13 @@ def grid_of(num_tiles: int) -> tuple[int, int]:
     return grids[-1]
 
 
-def summary(side: Side, args: argparse.Namespace, prompt_tokens: int) -> dict[str, Any]:
-    """Medians over the runs: images/s with its spread, and the rate of each phase."""
-    rates = [args.batch / run.total_s for run in side.runs]
+def summary(side: Side, load: Load) -> dict[str, Any]:
+    """Medians over the runs: images/s with its spread, the rate of each phase, and the first token of one image."""
+    rates = [load.batch / run.total_s for run in side.runs]
     work = {
-        "vision": args.batch * args.tiles,
-        "prefill": args.batch * prompt_tokens,
-        "decode": args.batch * (args.tokens - 1),  # the first token comes from the prefill
+        "vision": load.batch * load.tiles,
+        "prefill": load.batch * load.prompt_tokens,
+        "decode": load.batch * (load.tokens - 1),  # the first token comes from the prefill
     }
     seconds = {phase: statistics.median(run.phase_s.get(phase, 0.0) for run in side.runs) for phase in PHASES}
     return {
@@ -204,27 +215,49 @@ def summary(side: Side, args: argparse.Namespace, prompt_tokens: int) -> dict[st
         "tiles_per_s": round(work["vision"] / seconds["vision"], 2) if seconds["vision"] else None,
         "prefill_tokens_per_s": round(work["prefill"] / seconds["prefill"], 1) if seconds["prefill"] else None,
         "decode_tokens_per_s": round(work["decode"] / seconds["decode"], 1) if work["decode"] else None,
+        "first_token_s": round(statistics.median(side.first_token_s), 4),
         "phase_s": {phase: round(seconds[phase], 4) for phase in PHASES},
     }
 
 
-def report(sides: list[Side], args: argparse.Namespace, prompt_tokens: int) -> dict[str, Any]:
-    results = {side.name: summary(side, args, prompt_tokens) for side in sides}
-    rows = ("images_per_s", "images_per_s_min_max", "tiles_per_s", "prefill_tokens_per_s", "decode_tokens_per_s")
-    print(f"\n{'':24}" + "".join(f"{name:>22}" for name in results))
-    for row in rows:
+def compare(sides: list[Side], load: Load, limit_s: dict[str, float]) -> dict[str, Any]:
+    """One batch size: both sides, their ratios, and the share of the limit that ours reaches, in all and by phase."""
+    results = {side.name: summary(side, load) for side in sides}
+    show(results, load.batch)
+    mine, other = results["ours"], results.get("transformers")
+    limit = load.batch / sum(limit_s.values())
+    return {
+        "batch": load.batch,
+        "ours": mine["images_per_s"],
+        "peer": other["images_per_s"] if other else None,
+        "ratio": round(mine["images_per_s"] / other["images_per_s"], 3) if other else None,
+        "first_token_ratio": round(other["first_token_s"] / mine["first_token_s"], 3) if other else None,
+        "limit": round(limit, 3),
+        "share": round(mine["images_per_s"] / limit, 3),
+        "limit_s": {phase: round(seconds, 4) for phase, seconds in limit_s.items()},
+        "phase_share": {
+            phase: round(limit_s[phase] / mine["phase_s"][phase], 3) if mine["phase_s"][phase] else None
+            for phase in PHASES
+        },
+        "same_tokens": same_tokens(sides),
+        "details": results,
+    }
+
+
+def show(results: dict[str, dict[str, Any]], batch: int) -> None:
+    print(f"\n{f'batch {batch}':24}" + "".join(f"{name:>22}" for name in results))
+    for row in (key for key in results["ours"] if key != "phase_s"):
         print(f"{row:24}" + "".join(f"{result[row]!s:>22}" for result in results.values()))
-    mine = results["ours"]["images_per_s"]
-    other = results["transformers"]["images_per_s"] if "transformers" in results else None
+
+
+def report(batches: list[dict[str, Any]], args: argparse.Namespace, prompt_tokens: int, rates: Rates) -> dict[str, Any]:
     return {
         "benchmark": "engine",
         "unit": "images/s",
-        "ours": mine,
-        "peer": other,
-        "ratio": round(mine / other, 3) if other else None,
-        "peer_name": "transformers" if other else None,
-        "same_tokens": same_tokens(sides),
-        "details": results,
+        **batches[-1],
+        "peer_name": None if args.peer == "none" else args.peer,
+        "batches": batches,
+        "rates": {"flops_per_s": rates.flops, "bytes_per_s": rates.bytes},
         "setting": {**vars(args), "prompt_tokens": prompt_tokens},
         "hardware": hardware(torch.device(args.device)),
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
@@ -240,61 +273,67 @@ def same_tokens(sides: list[Side]) -> float | None:
     return round(sum(mine == other for mine, other in pairs) / len(pairs), 3)
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
-    described: dict[str, Any] = {"cpu": _cpu_name(), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        described["gpu"] = torch.cuda.get_device_name(device)
-    return described
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", default="256m", choices=list(SIZES))
     parser.add_argument("--tiles", type=int, default=1, help="tiles per image, the global one included")
     parser.add_argument("--tokens", type=int, default=64, help="tokens generated per image")
-    parser.add_argument("--batch", type=int, default=8, help="images generated together")
+    parser.add_argument("--batch", type=int, nargs="+", default=[8], help="images generated together; several: in turn")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
     parser.add_argument("--tile-batch", type=int, default=None, help="tiles per encoder batch; default: the engine's")
     parser.add_argument("--peer", default="transformers", choices=["transformers", "none"])
+    parser.add_argument("--plot", default=None, help="PNG to draw: images/s against batch, time by phase")
     parser.add_argument("--smoke", action="store_true", help="tiny model, tiny load: shows that it runs")
     args = parser.parse_args(argv)
     if args.smoke:
-        args.size, args.tokens, args.batch, args.repeats, args.threads = "tiny", 4, 2, 2, 1
+        args.size, args.tokens, args.batch, args.repeats, args.threads = "tiny", 4, [1, 2], 2, 1
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    rates = measure_rates(torch.device(args.device), dtype, 64 if args.smoke else 2048)
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = create_checkpoint(Path(directory) / args.size, args.size, dtype=args.dtype)
-        inputs = make_inputs(checkpoint, args.tiles, args.batch)
+        inputs = make_inputs(checkpoint, args.tiles, max(args.batch))
         sides = [ours(checkpoint, inputs, args)]
         if args.peer != "none":
             sides.append(peer(checkpoint, inputs, args))
-        measure(sides, args)
-    print(json.dumps(report(sides, args, len(inputs[0].prompt_token_ids))))
+        config, prompt_tokens = ModelConfig.from_pretrained(checkpoint), len(inputs[0].prompt_token_ids)
+        warm_up(sides, args)
+        batches = []
+        for batch in args.batch:
+            load = Load(batch, args.tiles, prompt_tokens, args.tokens)
+            measure(sides, load, args.repeats)
+            batches.append(compare(sides, load, limit_seconds(config, load, dtype.itemsize, rates)))
+    if args.plot:
+        title = f"SmolVLM-{args.size}, {args.tiles} tiles, {args.tokens} tokens, {args.dtype}"
+        draw(batches, title, Path(args.plot))
+    print(json.dumps(report(batches, args, prompt_tokens, rates)))
 
 
-def measure(sides: list[Side], args: argparse.Namespace) -> None:
-    """Alternate the sides, so that both see the same machine; the order turns round each time."""
+def warm_up(sides: list[Side], args: argparse.Namespace) -> None:
+    """Generate a little, then time the first token of one image; the sides take turns, as in `measure`."""
     for side in sides:
-        side.once(min(4, args.tokens))
+        side.once(max(args.batch), min(4, args.tokens))
     for repeat in range(args.repeats):
         for side in sides if repeat % 2 == 0 else reversed(sides):
-            side.runs.append(side.once(args.tokens))
-            print(f"{side.name}: {args.batch / side.runs[-1].total_s:.3f} images/s", flush=True)
+            side.first_token_s.append(side.once(1, 1).total_s)
+
+
+def measure(sides: list[Side], load: Load, repeats: int) -> None:
+    """Alternate the sides, so that both see the same machine; the order turns round each time."""
+    for side in sides:
+        side.runs = []
+    for repeat in range(repeats):
+        for side in sides if repeat % 2 == 0 else reversed(sides):
+            side.runs.append(side.once(load.batch, load.tokens))
+            print(f"{side.name}: {load.batch / side.runs[-1].total_s:.3f} images/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,45 @@
 """The benchmark runs and ends with its JSON line; its figures are not judged here."""
 
-import json
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from smoke import ROOT, smoke_report
 
-ROOT = Path(__file__).parents[2]
+from smolvlm.config import ModelConfig
+from smolvlm.scratch import create_checkpoint
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from measuring.limits import Load, Rates, limit_seconds, tile_flops
 
 
-def test_engine_runs() -> None:
-    command = [sys.executable, "benchmarks/engine.py", "--smoke", "--tiles", "5"]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["ratio"] == pytest.approx(report["ours"] / report["peer"], abs=1e-3)
-    assert report["same_tokens"] == 1.0
-    assert set(report["details"]) == {"ours", "transformers"}
-    assert all(seconds > 0 for side in report["details"].values() for seconds in side["phase_s"].values())
+def test_engine_runs(tmp_path: Path) -> None:
+    plot = tmp_path / "engine.png"
+    report = smoke_report("engine.py", "--tiles", "5", "--plot", str(plot), timeout_s=120, OMP_NUM_THREADS="1")
+    assert [each["batch"] for each in report["batches"]] == [1, 2]
+    for each in report["batches"]:
+        assert each["ratio"] == pytest.approx(each["ours"] / each["peer"], abs=1e-3)
+        assert each["share"] == pytest.approx(each["ours"] / each["limit"], abs=1e-3)
+        assert each["same_tokens"] == 1.0
+        assert set(each["details"]) == {"ours", "transformers"}
+        for side in each["details"].values():
+            assert side["first_token_s"] > 0
+            assert all(seconds > 0 for seconds in side["phase_s"].values())
+    assert report["ours"] == report["batches"][-1]["ours"]
+    with Image.open(plot) as drawn:
+        assert drawn.width > 500
+
+
+def test_the_limits_are_those_of_the_architecture(tmp_path: Path) -> None:
+    """A tile of 256M takes 215 GFLOP; a token's keys and values take 23,040 bytes in bfloat16."""
+    small = create_checkpoint(tmp_path / "256m", "256m", num_text_layers=1, num_vision_layers=1, dtype="bfloat16")
+    config = ModelConfig.from_pretrained(small)
+    config = replace(config, text=replace(config.text, num_layers=30), vision=replace(config.vision, num_layers=12))
+    assert tile_flops(config) == pytest.approx(215e9, rel=0.02)
+    slow = Rates(flops=1e30, bytes=1e9)
+    short, long = (limit_seconds(config, Load(16, 1, prompt, 2), 2, slow)["decode"] for prompt in (100, 1100))
+    assert long - short == pytest.approx(16 * 1000 * 23040 / 1e9)
+    assert short - 16 * 100.5 * 23040 / 1e9 == pytest.approx(0.27, rel=0.02)  # the text model and its head, read once
