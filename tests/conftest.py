@@ -14,6 +14,8 @@ sys.path.insert(0, SUPPORT)
 os.environ["PYTHONPATH"] = os.pathsep.join([SUPPORT, os.environ.get("PYTHONPATH", "")])
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_AUTH_MODE"] = "disabled"
+# At Ray's 15, whatever else runs on the machine goes before the workers, and a run seems to stand still.
+os.environ |= {"RAY_worker_niceness": "0"}
 # Before anything imports Triton: kernels run interpreted, on a CPU. To try them on a GPU: TRITON_INTERPRET=0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
