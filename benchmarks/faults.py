@@ -10,7 +10,9 @@ into the same output right after. In the end the rows must be those that the pix
 
 Throughput is back when a window of five seconds has 90 % of the answers that it had before the first fault; the time
 counts from the moment when the capacity is there again: the kill of a worker, the new node's start, the new driver's
-start. The last line of stdout is one JSON object; the exit code is 1 if a row is lost, doubled or wrong.
+start. The engines keep the last tenth of the answers back until all faults have struck, and a driver is killed
+once something is committed, so that neither hangs on the machine's speed. The last line of stdout is one JSON object;
+the exit code is 1 if a row is lost, doubled or wrong.
 """
 
 import argparse
@@ -48,7 +50,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import ray
 from ray.cluster_utils import Cluster
-from standin import PixelAnswerer, text_of
+from standin import PixelAnswerer, set_limit, text_of
 
 from benchmarks.faulting.meter import Meter, Strike, timeline, watching
 from jobs.verify import verify
@@ -89,8 +91,8 @@ class Setting:
 class PacedAnswerer(PixelAnswerer):
     """Answers one image after the other, at the pace of an engine."""
 
-    def __init__(self, job: Job, rate: float, log: Path) -> None:
-        super().__init__(job, delay_s=1 / rate, log=log)
+    def __init__(self, job: Job, rate: float, log: Path, limit: Path) -> None:
+        super().__init__(job, delay_s=1 / rate, log=log, limit=limit)
         self._turn = threading.Lock()
 
     def submit(self, tiles: Tiles, task: Task, seed: int) -> Pending:
@@ -117,7 +119,8 @@ def drive(address: str, folder: Path, images: int, rate: float) -> None:
         image=ImageOptions(splitting=False, upscale=False),
         engine=engine,
     )
-    summary = run(job, answerer_factory=functools.partial(PacedAnswerer, rate=rate, log=folder / "answers.log"))
+    factory = functools.partial(PacedAnswerer, rate=rate, log=folder / "answers.log", limit=folder / "limit")
+    summary = run(job, answerer_factory=factory)
     print(json.dumps({"rows": summary.rows, "resumed": summary.resumed_rows}), flush=True)
 
 
@@ -151,7 +154,9 @@ class Bed:
         return Strike("node", at, self._meter.now)
 
     def kill_driver(self) -> Strike:
-        """Kill the driver and start another."""
+        """Kill the driver, which has committed something, and start another."""
+        while not list((self._folder / "out" / "data").glob("*.parquet")):
+            check_runs(self, self._meter)
         kill(psutil.Process(self.driver.pid))
         self.driver.communicate()
         at = self._meter.now
@@ -282,10 +287,12 @@ def soak(folder: Path, setting: Setting, seed: int) -> dict[str, Any]:
     create_checkpoint(folder / "model", "tiny")
     expected = write_inputs(folder / "tars", setting.images)
     meter, rng = Meter(folder / "answers.log"), random.Random(seed)
+    set_limit(folder / "limit", setting.images * 9 // 10)
     bed = Bed(folder, setting, meter, rng)
     try:
         with watching(meter):
             steady, strikes = strike_all(bed, meter, setting, rng)
+            set_limit(folder / "limit", sys.maxsize)
             said = finish(bed, meter)
     except RuntimeError as error:
         raise SystemExit(f"{error}\n{(folder / 'driver.log').read_text()[-3000:]}") from error

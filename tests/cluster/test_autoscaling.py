@@ -39,10 +39,10 @@ def short_folder() -> Iterator[Path]:
 
 
 @pytest.mark.skipif(not can_be_alone(), reason="no namespaces for an unprivileged user on this machine")
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_nodes_come_with_a_job_and_go_with_it(images: Path, tiny_checkpoint: Path, short_folder: Path) -> None:
     command = [*ALONE, sys.executable, str(SCRIPT), str(short_folder), str(images), str(tiny_checkpoint)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=390)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=890)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert "engine.gpus = 1 for 3 replicas, but the cluster has 0 GPUs" in found["refusal"]

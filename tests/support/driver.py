@@ -23,9 +23,9 @@ def make_job(source: str, output: str, checkpoint: str, prompt: str = "Describe.
 
 def main() -> int:
     """Run it; print `running` once the workers answer, and at the end the error's class or `done`."""
-    address, source, output, checkpoint, delay_s, log, prompt = sys.argv[1:]
+    address, source, output, checkpoint, delay_s, log, limit, prompt = sys.argv[1:]
     ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    answerer = functools.partial(PixelAnswerer, delay_s=float(delay_s), log=Path(log))
+    answerer = functools.partial(PixelAnswerer, delay_s=float(delay_s), log=Path(log), limit=Path(limit))
     try:
         summary = run(make_job(source, output, checkpoint, prompt), answerer_factory=answerer)
     except PipelineError as error:

@@ -68,8 +68,8 @@ AUTOSCALING = {
 }
 
 
-class SlowUntilGrown(PixelAnswerer):
-    """Takes two seconds an answer until there are as many engines as there can be."""
+class BusyUntilGrown(PixelAnswerer):
+    """Takes five seconds an answer until there are as many engines as there can be."""
 
     def __init__(self, job: Job, engines: Path) -> None:
         super().__init__(job)
@@ -80,8 +80,9 @@ class SlowUntilGrown(PixelAnswerer):
         pending = super().submit(tiles, task, seed)
 
         def wait() -> "object":
-            if len(list(self._engines.iterdir())) < MAX_NODES:
-                time.sleep(2.0)
+            until = time.monotonic() + 5.0
+            while len(list(self._engines.iterdir())) < MAX_NODES and time.monotonic() < until:
+                time.sleep(0.1)
             return pending()
 
         return wait  # type: ignore[return-value]
@@ -116,11 +117,11 @@ def main() -> None:
         watch, said = Watch(), []
         refusal = refused(job(source, folder / "refused", checkpoint, (MAX_NODES + 1, MAX_NODES + 1)))
         (folder / "engines").mkdir()
-        factory = partial(SlowUntilGrown, engines=folder / "engines")
+        factory = partial(BusyUntilGrown, engines=folder / "engines")
         summary = run(
             job(source, folder / "out", checkpoint, (1, MAX_NODES)), say=said.append, answerer_factory=factory
         )
-        watch.wait_for(0, seconds=90)
+        watch.wait_for(0, seconds=300)
         found = {"refusal": refusal, "said": said, "ok": summary.ok, "gpu_nodes": watch.seen}
         print(json.dumps({**found, "engines": len(list((folder / "engines").iterdir()))}), flush=True)
 
