@@ -1,4 +1,5 @@
-"""What the driver and its workers tell each other during a run: counts one way, "stop taking new work" the other."""
+"""What the driver and its workers tell each other during a run: counts and what is in flight one way, "stop taking new
+work" the other."""
 
 import time
 from collections import Counter
@@ -13,6 +14,9 @@ from pipeline.errors import PipelineError
 _ASK_AGAIN_S = 0.5
 MAX_DEATHS_IN_A_ROW = 10
 
+Work = tuple[str, int, int]
+"""What a worker has in flight, so that its death is known to concern it: a block or a row, by shard and row."""
+
 
 class Board:
     """The state, in an actor of its own."""
@@ -21,18 +25,32 @@ class Board:
         self._counts: Counter[str] = Counter()
         self._draining = False
         self._starts: Counter[str] = Counter()
+        self._begun: Counter[Work] = Counter()
         self._metrics: dict[str, Metric] = {}
 
-    def add(self, counts: dict[str, int]) -> None:
-        """Add to the counts: the run gets on, so earlier deaths of workers are forgiven."""
+    def take(self, work: Work, lives: int) -> bool:
+        """Note that a worker begins with it; or return False, if `lives` workers have begun and never finished."""
+        if self._begun[work] >= lives:
+            return False
+        self._begun[work] += 1
+        return True
+
+    def finish(self, work: Work, pool: str | None, counts: dict[str, int]) -> None:
+        """Note that a worker is through with it, and add to the counts."""
+        self._begun.pop(work, None)
+        self.add(pool, counts)
+
+    def add(self, pool: str | None, counts: dict[str, int]) -> None:
+        """Add to the counts: this pool, if one, gets on, so earlier deaths of its workers are forgiven."""
         self._counts.update(counts)
-        self._starts.clear()
+        if pool is not None:
+            self._starts.pop(pool, None)
         for name, count in counts.items():
             if count:
                 self._export(name, count)
 
     def started(self, pool: str) -> int:
-        """Count a worker's start and return how many of its pool have started since the run last got on."""
+        """Count a worker's start and return how many of its pool have started since that last got on."""
         self._starts[pool] += 1
         return self._starts[pool]
 
@@ -72,9 +90,18 @@ class Control:
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
         return cls(ray.remote(Board).options(**options).remote())
 
-    def add(self, **counts: int) -> None:
-        """Add to the counts without waiting."""
-        self._board.add.remote(counts)
+    def add(self, pool: str | None, **counts: int) -> None:
+        """Add to the counts without waiting. `pool` got something done: its deaths are forgiven; None: no pool did."""
+        self._board.add.remote(pool, counts)
+
+    def take(self, work: Work, lives: int) -> bool:
+        """Note that work begins, and wait until that is noted: it may end this process. Returns False, and notes
+        nothing, if `lives` processes have ended since they took it."""
+        return bool(ray.get(self._board.take.remote(work, lives)))
+
+    def finish(self, work: Work, pool: str | None, **counts: int) -> None:
+        """Say without waiting that this process has outlived the work, and add to the counts."""
+        self._board.finish.remote(work, pool, counts)
 
     def counts(self) -> Counter[str]:
         """Return the counts, waiting for them."""

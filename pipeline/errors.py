@@ -10,7 +10,7 @@ CODES = frozenset(
         *("archive_truncated", "archive_invalid", "duplicate_key", "parquet_invalid"),
         *("not_found", "forbidden", "read_failed", "changed", "empty", "truncated", "too_many_bytes"),
         *("not_an_image", "unsupported_format", "too_many_pixels", "decode_failed", "out_of_memory", "quarantined"),
-        "prompt_too_long",
+        *("prompt_too_long", "engine_died"),
     }
 )
 """Every `RowError.code` there is."""
@@ -38,13 +38,13 @@ class LeaseLost(PipelineError):
 
 @dataclass(frozen=True)
 class RowError:
-    """Why one image has no text. `attempts` counts reads or decoder lives spent on it.
+    """Why one image has no text. `attempts` counts the reads, or the lives of decoders or engines, spent on it.
 
     Codes by stage:
       list      archive_truncated, archive_invalid, duplicate_key, unsupported_format, parquet_invalid, codes of read
       read      not_found, forbidden, read_failed, changed, empty, truncated, too_many_bytes
       prepare   the codes of `smolvlm.image.ImageError`, out_of_memory, quarantined
-      generate  prompt_too_long
+      generate  prompt_too_long, engine_died
     """
 
     code: str

@@ -48,7 +48,7 @@ class PrepareWorker:
         fetched = self._fetcher.fetch(refs)
         images = [item for item in fetched if isinstance(item, bytes)]
         prepared, tiles = self._decoder.prepare(images)
-        self._control.add(compressed_bytes=sum(map(len, images)), tile_bytes=len(tiles))
+        self._control.add("prepare", compressed_bytes=sum(map(len, images)), tile_bytes=len(tiles))
         answers = iter(prepared)
         rows = [next(answers) if isinstance(item, bytes) else Prepared(error=item) for item in fetched]
         return prepared_table(refs, rows, tiles)

@@ -1,18 +1,19 @@
 """Jobs that send their rows to the endpoint's engines (`engine: {mode: shared}`), where online requests go first.
 
 Rows travel in micro-batches, since each call costs a millisecond or two. A micro-batch whose engine is lost goes to
-another one: an answer is a function of the row and its seed, so the second is the first.
+another one: an answer is a function of the row and its seed, so the second is the first. If that dies too, one of the
+rows may be why, and the stage goes on as with an engine of its own that died (`pipeline.generate`).
 """
 
 import threading
 import time
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from pipeline.endpoint.client import EngineStatus
+from pipeline.endpoint.client import EngineStatus, EngineUnavailable
 from pipeline.engine_worker import Row
 from pipeline.errors import ConfigError, PipelineError, RowError
 from pipeline.generate import Answer, Pending, RowRefused
@@ -22,6 +23,7 @@ from smolvlm.image import Tiles
 
 ROWS_PER_CALL = 8
 MAX_ATTEMPTS = 10
+MAX_DEATHS = 2
 _STATUS_TIMEOUT_S = 60.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 
@@ -104,7 +106,8 @@ class _Call:
         return answer
 
     def _wait(self) -> list[Answer | RowError]:
-        wait_s = _FIRST_WAIT_S
+        """Raises what the second engine died of, PipelineError where there is none for long."""
+        wait_s, deaths = _FIRST_WAIT_S, 0
         for _ in range(MAX_ATTEMPTS):
             self.send()
             assert self._response is not None
@@ -112,7 +115,10 @@ class _Call:
                 return self._response.result()
             except LOST as error:
                 lost = error
+            deaths += isinstance(lost, (RayActorError, EngineUnavailable))
+            if deaths == MAX_DEATHS:
+                raise lost
             self._response = None
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-        raise PipelineError(f"{MAX_ATTEMPTS} engines were lost in a row under the same rows: {lost}")
+        raise PipelineError(f"no engine of the endpoint took the rows in {MAX_ATTEMPTS} attempts: {lost}")

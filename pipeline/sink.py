@@ -35,7 +35,7 @@ class CommitSink(Datasink[None]):
         table = pa.concat_tables(tables)
         self.fence.check()
         write_commit(self.destination, table, self.rows_per_shard, self.metadata)
-        self.control.add(**committed_counts(table))
+        self.control.add("write", **committed_counts(table))
 
     @property
     def min_rows_per_write(self) -> int:

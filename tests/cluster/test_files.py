@@ -225,6 +225,8 @@ class TestMetrics:
     def of_jobs() -> set[str]:
         """What the board exports for everything that the stages count."""
         board = Board()
-        board.add({"ok": 1, "error": 1, "generated": 1, "tokens": 1, "compressed_bytes": 1, "tile_bytes": 1})
-        board.add({f"error.{code}": 1 for code in CODES})
+        board.add(
+            "generate", {"ok": 1, "error": 1, "generated": 1, "tokens": 1, "compressed_bytes": 1, "tile_bytes": 1}
+        )
+        board.add("write", {f"error.{code}": 1 for code in CODES})
         return {f"ray_{name}_total" for name in board._metrics}

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from standin import PixelAnswerer, text_of
 
-from pipeline.control import Control
+from pipeline.control import Board, Control, Work
 from pipeline.generate import Answer, GenerateWorker, Pending, RowRefused, tiles_of
 from pipeline.job import EngineOptions, ImageOptions, Job, Model, Output, Source, Task
 from pipeline.manifest import load_manifest, read_rows, write_manifest
@@ -31,14 +31,24 @@ TASKS = (Task("caption", "Describe."), Task("ocr", "refuse dark images"), Task("
 
 
 class Tally:
-    """Counts as `Control` does, without an actor."""
+    """Counts as `Control` does, on a board without an actor."""
 
     def __init__(self) -> None:
-        self.totals: Counter[str] = Counter()
+        self.board = Board()
         self.draining = False
 
-    def add(self, **counts: int) -> None:
-        self.totals.update(counts)
+    @property
+    def totals(self) -> Counter[str]:
+        return Counter(self.board.counts())
+
+    def add(self, pool: str | None, **counts: int) -> None:
+        self.board.add(pool, counts)
+
+    def take(self, work: Work, lives: int) -> bool:
+        return self.board.take(work, lives)
+
+    def finish(self, work: Work, pool: str | None, **counts: int) -> None:
+        self.board.finish(work, pool, counts)
 
     def enlist(self, pool: str, max_size: int) -> None:
         assert (pool, max_size) in {("prepare", 2), ("generate", 1)}
