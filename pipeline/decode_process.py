@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
 from smolvlm.config import ImageConfig
+from smolvlm.cpu.build import native_library
 from smolvlm.image import ImageError, ImageLimits, ImagePolicy, Tiles, decode_image, split_image
 
 NEW_BATCH = 1 << 63
@@ -66,6 +67,7 @@ def batch_header(policy: ImagePolicy | None) -> bytes:
 def main() -> None:
     """Serve until stdin ends."""
     options = DecoderOptions.from_json(sys.argv[1])
+    native_library("resize")  # compiling it is nothing that an image's time or memory pays for
     resource.setrlimit(resource.RLIMIT_AS, (options.memory_bytes, options.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(4)  # an engine on the same CPUs works with threads in step: a core taken from one of them stops them all

@@ -57,7 +57,15 @@ def compiler() -> str:
 
 
 def cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smolvlm"
+    """Where libraries are kept.
+
+    Raises:
+        NoNativeCode: there is no home directory.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smolvlm"
+    except RuntimeError as error:
+        raise NoNativeCode("this user has no home directory; name a writable one in XDG_CACHE_HOME") from error
 
 
 def load(name: str, cxx: str, directory: Path) -> ctypes.CDLL:
@@ -92,7 +100,9 @@ def _fingerprint(source: Path, cxx: str, flags: tuple[str, ...]) -> str:
 
 def _run(command: list[str]) -> bytes:
     try:
-        return subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S).stdout
+        return subprocess.run(
+            command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S
+        ).stdout
     except subprocess.CalledProcessError as error:
         raise NoNativeCode(f"{command[0]} failed: {error.stderr.decode(errors='replace')[-500:]}") from error
     except subprocess.TimeoutExpired as error:

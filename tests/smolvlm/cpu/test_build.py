@@ -52,6 +52,16 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         load("resize", _cxx(), tmp_path / "file" / "cache")
 
 
+def test_a_user_without_a_home_is_told_what_to_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(NoNativeCode, match="XDG_CACHE_HOME"):
+        build.cache_directory()
+
+
 @pytest.mark.usefixtures("fresh")
 def test_a_machine_without_a_compiler_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
