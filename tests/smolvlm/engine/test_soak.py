@@ -1,16 +1,23 @@
-"""Thousands of random sequences through one engine: every future resolved, every answer right, nothing left behind."""
+"""Thousands of random sequences through one engine: every future resolved, every answer right, nothing left behind.
 
+SOAK_SEQUENCES=20000 makes it a long one.
+"""
+
+import gc
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
 from smolvlm import Engine, SamplingParams
 from smolvlm.engine import BATCH, ONLINE, Completion, EngineLoop, Token
 from smolvlm.engine.block_manager import BlockManager
+from smolvlm.engine.sequence import Sequence
 from smolvlm.image import Tiles
 from smolvlm.processor import ModelInput
 
@@ -19,7 +26,10 @@ MakeInput = Callable[..., ModelInput]
 MakeEngine = Callable[..., Engine]
 
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
-NUM_CLIENTS, NUM_EACH = 4, 600
+NUM_ROUNDS, NUM_CLIENTS = 4, 4
+NUM_EACH = int(os.environ.get("SOAK_SEQUENCES", "2400")) // (NUM_ROUNDS * NUM_CLIENTS)
+STATM = Path("/proc/self/statm")
+MAX_GROWTH_BYTES = 96 * 2**20  # of the second half; caches such as oneDNN's, of kernels by shape, fill up first
 
 
 class ClientGone(Exception):
@@ -99,21 +109,43 @@ def _assert_empty(blocks: BlockManager) -> None:
     assert {block: key for key, block in blocks._blocks.items()} == blocks._keys
 
 
-def test_thousands_of_sequences_leave_nothing_behind(make_engine: MakeEngine, prompts: list[ModelInput]) -> None:
-    """Pages are scarce, so that known ones are handed out again all the time."""
-    expected = [done.token_ids for done in make_engine(prefix_caching=False).generate(prompts, GREEDY)]
-    engine = make_engine(max_num_sequences=6, max_num_tokens=96, kv_cache_bytes=2**19)
-    with EngineLoop(engine) as loop, ThreadPoolExecutor(NUM_CLIENTS) as pool:
-        clients = list(pool.map(lambda seed: _client(loop, prompts, seed), range(NUM_CLIENTS)))
-        requests = [request for client in clients for request in client]
-        outcomes = Counter(_outcome(request) for request in requests)
-    assert outcomes.total() == NUM_CLIENTS * NUM_EACH
-    assert set(outcomes) == {"length", "cancelled", "raised"}
+def _resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not tell."""
+    return int(STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") if STATM.exists() else 0
+
+
+def _live_sequences() -> int:
+    gc.collect()
+    return sum(type(each) is Sequence for each in gc.get_objects())
+
+
+def _round(loop: EngineLoop, prompts: list[ModelInput], expected: list[list[int]], seed: int) -> Counter[str]:
+    """How the requests of one round ended; the answers are compared, then forgotten."""
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        seeds = range(seed * NUM_CLIENTS, (seed + 1) * NUM_CLIENTS)
+        requests = [each for client in pool.map(lambda one: _client(loop, prompts, one), seeds) for each in client]
+    outcomes = Counter(_outcome(request) for request in requests)
     for request in requests:
         tokens = expected[request.prompt][: request.length]
         assert request.heard == tokens[: len(request.heard)]
         if _outcome(request) == "length":
             assert request.future.result().token_ids == tokens
+    return outcomes
+
+
+def test_thousands_of_sequences_leave_nothing_behind(make_engine: MakeEngine, prompts: list[ModelInput]) -> None:
+    """Pages are scarce, so that known ones are handed out again all the time."""
+    expected = [done.token_ids for done in make_engine(prefix_caching=False).generate(prompts, GREEDY)]
+    engine = make_engine(max_num_sequences=6, max_num_tokens=96, kv_cache_bytes=2**19)
+    before, outcomes, resident = _live_sequences(), Counter[str](), list[int]()
+    with EngineLoop(engine) as loop:
+        for number in range(NUM_ROUNDS):
+            outcomes += _round(loop, prompts, expected, number)
+            resident.append(_resident_bytes())
+    assert outcomes.total() == NUM_ROUNDS * NUM_CLIENTS * NUM_EACH
+    assert set(outcomes) == {"length", "cancelled", "raised"}
+    assert _live_sequences() <= before
+    assert resident[-1] - resident[1] < MAX_GROWTH_BYTES
     _assert_empty(engine.scheduler.blocks)
     assert (len(engine.scheduler.images), engine.has_unfinished, len(loop._pending)) == (0, False, 0)
     stats = loop.stats()
