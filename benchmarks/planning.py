@@ -76,7 +76,8 @@ def run_case(job: Job) -> dict[str, Any]:
 
     from pipeline.run import run
 
-    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    cpus = os.cpu_count()
+    ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     idle = memory_mb("VmRSS")
     summary = run(job, answerer_factory=PixelAnswerer)
