@@ -5,7 +5,8 @@ scheduler       what to do next                      runner     does it, on tens
 admission       whose turn it is for memory          prefix     names of what pages hold
 sequence        one request                          images     images on their way through the encoder
 static_decode   the decode step on static buffers    cuda_graph captures that step for replay
-block_manager   pages of the cache                   stats      what it is doing, in numbers
+block_manager   pages of the cache                   upload     tiles from the host to the device
+chosen          what a step chose, on the host       stats      what it is doing, in numbers
 """
 
 from smolvlm.engine.engine import Engine, PromptTooLong

@@ -19,6 +19,7 @@ from smolvlm.engine.cuda_graph import graph_decoder
 from smolvlm.engine.images import TileSpan
 from smolvlm.engine.sequence import Sequence
 from smolvlm.engine.static_decode import StaticDecoder
+from smolvlm.engine.upload import upload_to
 from smolvlm.model import SmolVLM
 from smolvlm.sampling import SamplingTensors, choose_tokens
 
@@ -54,13 +55,14 @@ class Runner:
         self.device = device
         graphs = (decode or default_decode(device)) == "graph"
         self.static: StaticDecoder | None = graph_decoder(model, cache, device) if graphs else None
+        self._upload = upload_to(device)
         self._batch: DecodeBatch | None = None
 
     @torch.inference_mode()
     def encode(self, spans: list[TileSpan]) -> None:
         """Encode the tiles of these spans in one batch and hand each image its part."""
-        pixels = torch.from_numpy(np.concatenate([span.pixels for span in spans]))
-        features = self.model.encode_tiles(self._to_device(pixels))  # [n, image_seq_len, H]
+        pixels = self._upload([span.pixels for span in spans])
+        features = self.model.encode_tiles(pixels)  # [n, image_seq_len, H]
         for span, part in zip(spans, features.split([span.stop - span.start for span in spans]), strict=True):
             span.image.store(span.start, part)
 

@@ -46,6 +46,13 @@ def test_replays_choose_the_tokens_of_plain_operators(
     assert [done.mean_logprob for done in ours] == pytest.approx([done.mean_logprob for done in plain], abs=1e-3)
 
 
+def test_answers_are_those_of_a_cpu(make_engine: MakeEngine, inputs: list[ModelInput]) -> None:
+    """Small encoder batches, one straight after the other: copies of tiles run beside the encoder."""
+    gpu, cpu = make_engine(device="cuda", tile_batch=2), make_engine()
+    ours, theirs = (engine.generate(inputs, GREEDY) for engine in (gpu, cpu))
+    assert [done.token_ids for done in ours] == [done.token_ids for done in theirs]
+
+
 def test_a_replay_reads_the_buffers_anew_and_warm_ups_precede_it() -> None:
     device = torch.device("cuda")
     counter = torch.zeros(1, device=device)

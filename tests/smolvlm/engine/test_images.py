@@ -71,3 +71,15 @@ def test_new_tiles_at_the_address_of_gone_ones_are_another_image() -> None:
         assert store.acquire(other) is not image, f"address reused: {id(other) == address}"
     store.release(image)
     assert len(store) == len(others)
+
+
+def test_tiles_given_back_are_taken_again_but_for_those_that_were_encoded() -> None:
+    image = EncodedImage(_tiles(5))
+    span = image.next_span(0, room=4)
+    assert span is not None
+    image.store(0, torch.ones(1, 5, 8))
+    image.give_back(span)
+    again = image.next_span(0, room=9)
+    assert again is not None
+    assert (again.start, again.stop) == (1, 5)
+    assert image.next_span(0, room=9) is None
