@@ -1,7 +1,8 @@
 """`smolvlm plan`: what a job will read, how long it will take and what it will cost, before anything starts.
 
-The source is listed and a sample of it is read and decoded, with the pipeline's own parts; the engine is tried on a few
-of its images, or a recorded profile tells how fast it is. Nothing is written but a profile, if one is asked for.
+The source is listed and a sample of it is read and decoded, with the pipeline's own parts; a run on one image tells
+what starting takes, and the engine is tried on a few of the sample's, or a recorded profile tells both. Nothing is
+written but a profile, if one is asked for.
 """
 
 import os
@@ -21,6 +22,7 @@ from jobs.plan_profile import (
     load_profile,
 )
 from jobs.plan_sample import Sample, SampledImage, prepare_sample
+from jobs.plan_start import measure_start
 from jobs.plan_survey import Survey, survey
 from jobs.run import fetch_checkpoint
 from pipeline.errors import ConfigError
@@ -161,6 +163,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "seconds_per_tile": plan.profile.tile_s,
         "seconds_per_output_token": plan.profile.output_token_s,
         "load_seconds": plan.profile.load_s,
+        "start_seconds": plan.profile.start_s,
         "calibration_rounds": plan.profile.rounds,
         "calibration_spread": plan.profile.spread,
         "warnings": warnings(plan),
@@ -261,8 +264,10 @@ def _output_tokens(job: Job, profile: Profile, figures: Figures) -> Estimate:
 
 
 def _calibrated(job: Job, sample: Sample, pool: Pool, figures: Figures, say: Callable[[str], None]) -> Profile:
+    say("timing a run on one image")
+    start_s = measure_start(job)  # first: an engine in this process would leave no room for another on a GPU
     say("trying the engine on some of them")
-    profile = calibrate(job, sample.tiles)
+    profile = calibrate(job, sample.tiles, start_s)
     check_hardware(profile, pool.gpu)
     if figures.save_to is not None:
         profile.save(figures.save_to)
@@ -281,7 +286,7 @@ def _interval(rate: Estimate) -> tuple[float, float]:
 
 
 def _hours(plan: Plan, rate: float) -> float:
-    return (plan.profile.load_s + plan.survey.images / rate) / _HOUR_S
+    return (plan.profile.start_s + plan.survey.images / rate) / _HOUR_S
 
 
 def _cost(plan: Plan, hours: float) -> float | None:

@@ -39,7 +39,7 @@ class Profile:
 
     `tile_s`: seconds a tile for the encoder and the prompts; `output_token_s`: seconds a token of an answer while a
     full batch decodes; `spread`: relative standard error of both together, from `rounds` repeated measurements;
-    `load_s`: from nothing to a working engine.
+    `load_s`: from nothing to a working engine; `start_s`: of a whole run on one image, which loads it too.
     """
 
     hardware: str
@@ -53,6 +53,7 @@ class Profile:
     rounds: int
     spread: float
     load_s: float
+    start_s: float
     lengths: tuple[TaskLength, ...]
     version: str
     torch: str
@@ -102,8 +103,8 @@ def check_calibration(job: Job, gpu: str | None) -> None:
         raise ConfigError(f"engine.gpus {job.engine.gpus:g}: this machine has no GPU to measure on; {remedy}")
 
 
-def calibrate(job: Job, tiles: Sequence[Tiles]) -> Profile:
-    """Run the job's engine on some of its images, in this process, and return how fast it is.
+def calibrate(job: Job, tiles: Sequence[Tiles], start_s: float) -> Profile:
+    """Run the job's engine on some of its images, in this process, and return how fast it is. `start_s` goes with it.
 
     The same images go through it twice in each of several rounds, first with answers of one token, then with whole
     ones: what the whole ones take longer is what tokens take. No image is ever the same to the engine twice: nothing
@@ -133,6 +134,7 @@ def calibrate(job: Job, tiles: Sequence[Tiles]) -> Profile:
         rounds=len(rounds),
         spread=_spread(rounds),
         load_s=load_s,
+        start_s=start_s,
         lengths=tuple(_length(task, [row[place] for row in answers]) for place, task in enumerate(job.tasks)),
         version=package_version(),
         torch=_torch_version(),

@@ -74,7 +74,8 @@ def _outlook(plan: Plan) -> Group:
     low, high = content["images_per_second_interval"]
     table.add_row("speed", f"{content['images_per_second']:,.2f} images/s ({low:,.2f} to {high:,.2f})")
     shortest, longest = (duration(hours * 3600) for hours in content["hours_interval"])
-    table.add_row("time", f"{duration(content['hours'] * 3600)} ({shortest} to {longest})")
+    start = f"{duration(content['start_seconds'])} of it to start and to end"
+    table.add_row("time", f"{duration(content['hours'] * 3600)} ({shortest} to {longest}), {start}")
     if content["cost"] is not None:
         least, most = content["cost_interval"]
         table.add_row("cost", f"{content['cost']:,.2f} ({least:,.2f} to {most:,.2f})")

@@ -3,6 +3,8 @@
 import io
 import json
 import tarfile
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,12 +24,13 @@ from jobs.cli import app
 from jobs.plan import Estimate, Figures, Plan, Pool, plan, to_json
 from jobs.plan_profile import Profile, TaskLength, calibrate, check_calibration, load_profile
 from jobs.plan_sample import Sample, SampledImage, prepare_sample
+from jobs.plan_start import measure_start
 from jobs.plan_survey import Survey, survey
 from jobs.plan_text import print_plan
 from pipeline.decoder import Prepared
 from pipeline.errors import ConfigError
 from pipeline.generate import Answer, Pending
-from pipeline.job import EngineOptions, Job, Limits, Model, Output, Source, Task
+from pipeline.job import EngineOptions, ImageOptions, Job, Limits, Model, Output, Source, Task
 from smolvlm.config import ImageConfig
 from smolvlm.image import ImagePolicy, Tiles, split_image
 from smolvlm.processor import Processor
@@ -85,7 +88,7 @@ def job_of(source: Path, checkpoint: Path, *tasks: Task, **options: object) -> J
 
 def profile_of(job: Job, **changes: object) -> Profile:
     lengths = tuple(TaskLength(task.prompt, task.max_new_tokens, 6.0, 0.5) for task in job.tasks)
-    figures = {"tile_s": 0.5, "output_token_s": 0.25, "rounds": 3, "spread": 0.0, "load_s": 36.0}
+    figures = {"tile_s": 0.5, "output_token_s": 0.25, "rounds": 3, "spread": 0.0, "load_s": 20.0, "start_s": 36.0}
     model = (job.model.id, job.model.revision, job.model.dtype)
     made = Profile("NVIDIA H100 80GB HBM3", "cuda", *model, 256, **figures, lengths=lengths, version="0", torch="2")
     return replace(made, **changes)  # type: ignore[arg-type]
@@ -183,10 +186,11 @@ class TestCalibration:
     def test_the_real_engine_gives_figures(self, mixed: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
         job = job_of(mixed, tiny_checkpoint, CAPTION, OCR)
         sample = prepare_sample(job, survey(job.source, None, 20, 0).sample, keep=8)
-        made = calibrate(job, sample.tiles)
+        made = calibrate(job, sample.tiles, start_s=7.5)
         assert made.tile_s > 0
         assert made.output_token_s >= 0
         assert made.load_s > 0
+        assert made.start_s == 7.5
         assert (made.device, made.model_id) == ("cpu", str(tiny_checkpoint))
         assert made.sequences > 0
         assert [(each.prompt, each.max_new_tokens) for each in made.lengths] == [(CAPTION.prompt, 8), (OCR.prompt, 16)]
@@ -210,6 +214,23 @@ class TestCalibration:
         made = calibrated(monkeypatch, job_of(mixed, mixed), noise={each: 0.3 * each for each in range(3, 20)})
         assert made.rounds > 3
         assert made.spread > 0.05
+
+    def test_a_start_is_that_of_a_whole_run_and_leaves_nothing(
+        self, mixed: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "own").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "own"))
+        job = job_of(mixed, tiny_checkpoint, engine=EngineOptions(mode="shared", replicas=(4, 8), cpus=90.0))
+        began = time.monotonic()
+        seconds = measure_start(replace(job, limit=3, limits=Limits(finish_by="2020-01-01T00:00:00Z")))
+        assert 0.5 < seconds <= time.monotonic() - began
+        assert list((tmp_path / "own").iterdir()) == []
+        assert not Path(job.output.uri).exists()
+
+    def test_a_job_that_fails_on_one_image_is_not_planned(self, mixed: Path, tiny_checkpoint: Path) -> None:
+        job = replace(job_of(mixed, tiny_checkpoint), image=ImageOptions(max_bytes=1))
+        with pytest.raises(ConfigError, match=r"does not run on one blank picture \(exit code 3\)"):
+            measure_start(job)
 
     def test_no_gpu_here_is_said_with_the_way_out(self, mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("jobs.plan_profile.has_gpu", lambda: False)
@@ -272,7 +293,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch, job: Job, noise: dict[int, float
     monkeypatch.setattr(plan_profile, "EngineWorker", SimpleNamespace(for_job=lambda _: engine))
     monkeypatch.setattr(plan_profile, "time", engine)
     tiles = Tiles(np.zeros((2, 4, 4, 3), np.uint8), 1, 1)
-    return calibrate(replace(job, tasks=(OCR,)), [tiles])
+    return calibrate(replace(job, tasks=(OCR,)), [tiles], 7.5)
 
 
 class TestOutlook:
