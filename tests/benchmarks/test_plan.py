@@ -4,9 +4,9 @@ import pytest
 from smoke import smoke_report
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_three_sources_are_planned_and_run() -> None:
-    report = smoke_report("plan.py", timeout_s=380)
+    report = smoke_report("plan.py", timeout_s=780)
     assert set(report["sources"]) == {"photos", "documents", "words"}
     for name, row in report["sources"].items():
         assert row["images"] == 40

@@ -4,9 +4,9 @@ import pytest
 from smoke import smoke_report
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_scaling_runs() -> None:
-    report = smoke_report("scaling.py", timeout_s=180)
+    report = smoke_report("scaling.py", timeout_s=580)
     assert [row["nodes"] for row in report["clusters"]] == [1, 2]
     assert [row["limit"] for row in report["clusters"]] == [100, 200]
     for row in report["clusters"]:
