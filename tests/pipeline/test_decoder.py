@@ -131,7 +131,7 @@ def test_bad_images_are_typed_errors_of_a_decoder_that_lives_on(decoder: Decoder
 
 @pytest.mark.parametrize(("kind", "position"), [("segfault", 0), ("hang", 4), ("exit", 8)])
 def test_poison_costs_three_lives_and_one_row(kind: str, position: int, closing: Closing) -> None:
-    decoder = closing(Decoder(options(timeout_s=0.4)))
+    decoder = closing(Decoder(options(timeout_s=1.0)))
     lives = starts(decoder)
     images = [picture(i, kind if i == position else None) for i in range(9)]
     prepared, tiles = decoder.prepare(images)
@@ -139,13 +139,13 @@ def test_poison_costs_three_lives_and_one_row(kind: str, position: int, closing:
     error = prepared[position].error
     assert error is not None
     assert (error.code, error.stage, error.attempts) == ("quarantined", "prepare", MAX_CRASHES)
-    cause = {"segfault": "SIGSEGV", "hang": "image.timeout_s = 0.4", "exit": "exit code 0"}[kind]
+    cause = {"segfault": "SIGSEGV", "hang": "image.timeout_s = 1.0", "exit": "exit code 0"}[kind]
     assert cause in error.message
     assert len(lives) == MAX_CRASHES + (position < 8)
 
 
 def test_several_poisons_side_by_side(closing: Closing) -> None:
-    decoder = closing(Decoder(options(timeout_s=0.4)))
+    decoder = closing(Decoder(options(timeout_s=1.0)))
     kinds = [None, "segfault", "exit", None, "abort", None]
     images = [picture(i, kind) for i, kind in enumerate(kinds)]
     prepared, tiles = decoder.prepare(images)
