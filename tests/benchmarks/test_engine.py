@@ -11,7 +11,7 @@ from smoke import ROOT, smoke_report
 from smolvlm.config import ModelConfig
 from smolvlm.scratch import create_checkpoint
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # last: a file there is named like the package `pipeline`
 
 from measuring.limits import Load, Rates, limit_seconds, tile_flops
 
