@@ -12,6 +12,7 @@ import torch
 
 from smolvlm.attention import KVCache
 from smolvlm.config import ModelConfig
+from smolvlm.cpu.build import native_library
 from smolvlm.engine.admission import Limits
 from smolvlm.engine.block_manager import BlockManager
 from smolvlm.engine.prefix import BlockKeys, TileNames, by_content, by_identity
@@ -287,8 +288,10 @@ def _limits(device: torch.device, given: dict[str, int]) -> Limits:
 
 def _load(directory: Path, device: torch.device, dtype: torch.dtype) -> SmolVLM:
     model = SmolVLM.from_pretrained(directory, device, dtype)
-    if device.type == "cpu" and can_pack(dtype):
-        pack_linears(model)
+    if device.type == "cpu":
+        native_library("attention")  # compiling it is nothing that the first answer should wait for
+        if can_pack(dtype):
+            pack_linears(model)
     return model
 
 

@@ -139,7 +139,7 @@ def test_poison_costs_three_lives_and_one_row(kind: str, position: int, closing:
     error = prepared[position].error
     assert error is not None
     assert (error.code, error.stage, error.attempts) == ("quarantined", "prepare", MAX_CRASHES)
-    cause = {"segfault": "SIGSEGV", "hang": "image.timeout_s = 1.0", "exit": "exit code 0"}[kind]
+    cause = {"segfault": "SIGSEGV", "hang": "image.timeout_s = 1", "exit": "exit code 0"}[kind]
     assert cause in error.message
     assert len(lives) == MAX_CRASHES + (position < 8)
 
