@@ -4,9 +4,9 @@
 
 Every node has one engine that answers R images a second and no more, whatever the machine can do. So n nodes cannot
 exceed n × R, which is the limit given beside each figure; what is missing from it went to listing, blocks, scheduling,
-commits and engines that ended before the others. Images grow with the nodes. Time runs from the moment when all engines
-are up to the end of the run, `_SUCCESS.json` included. All nodes share this machine: choose R so that preparing
-n × R images a second leaves its cores room.
+commits and engines that ended before the others. Images grow with the nodes. Time runs from the moment when every
+engine has its first image to the end of the run, `_SUCCESS.json` included. Starting is left out: the processes of all
+nodes start on the cores of this one machine. Choose R so that preparing n × R images a second leaves them room.
 
 Efficiency is images a second and node, against one node's. The last line of stdout is one JSON object.
 """
@@ -49,22 +49,24 @@ START_S = 300.0
 
 
 class SleepingEngine:
-    """Answers `rate` images a second, one after the other, as soon as `engines` of them are up."""
+    """Answers `rate` images a second, one after the other, as soon as `engines` of them have an image."""
 
     def __init__(self, job: Job, rate: float, engines: int, folder: Path) -> None:
         self._answer_s, self._engines, self._folder = 1 / rate, engines, folder
         self._busy = threading.Lock()
         self._free_at = 0.0
-        (folder / str(os.getpid())).touch()
+        self._asked = threading.Lock()
 
     def submit(self, tiles: Tiles, task: Task, seed: int) -> Pending:
         """Queue an image; its turn comes when those before it are answered, however late their threads wake up."""
+        if self._asked.acquire(blocking=False):  # once, and never given back
+            (self._folder / str(os.getpid())).touch()
         return partial(self._wait, time.time())
 
     def _wait(self, asked_at: float) -> Answer:
         with self._busy:
             if not self._free_at:
-                self._free_at = all_up(self._folder, self._engines)
+                self._free_at = all_asked(self._folder, self._engines)
             self._free_at = max(self._free_at, asked_at) + self._answer_s
             time.sleep(max(0.0, self._free_at - time.time()))
         return Answer("slept", "stop", 1, 1, 0.0)
@@ -73,11 +75,11 @@ class SleepingEngine:
         """Nothing to stop."""
 
 
-def all_up(folder: Path, engines: int) -> float:
-    """Wait for the file of every engine and return when the last one came up, in seconds since the epoch."""
+def all_asked(folder: Path, engines: int) -> float:
+    """Wait for the file of every engine and return when the last one got an image, in seconds since the epoch."""
     deadline = time.monotonic() + START_S
     while len(files := list(folder.iterdir())) < engines:
-        assert time.monotonic() < deadline, f"{len(files)} of {engines} engines came up within {START_S:g} s"
+        assert time.monotonic() < deadline, f"{len(files)} of {engines} engines got an image within {START_S:g} s"
         time.sleep(0.02)
     return max(path.stat().st_mtime for path in files)
 
@@ -102,7 +104,7 @@ def rate_on(nodes: int, source: Path, checkpoint: Path, arguments: argparse.Name
         summary = run(job, answerer_factory=factory)
         ended = time.time()
         assert summary.ok == images, summary
-        return images / (ended - all_up(engines, nodes))
+        return images / (ended - all_asked(engines, nodes))
 
 
 def measure(nodes: int, source: Path, checkpoint: Path, arguments: argparse.Namespace) -> float:
