@@ -13,13 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +24,14 @@ if "--smoke" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
+from measuring.hardware import provenance
+from measuring.limits import decode_bytes
+from measuring.timing import median_seconds
 from torch import Tensor
 
 from smolvlm import Engine, SamplingParams
 from smolvlm.attention import KVCache, paged_decode
+from smolvlm.config import ModelConfig
 from smolvlm.engine.cuda_graph import GraphCapture
 from smolvlm.engine.engine import BLOCK_SIZE, DTYPES
 from smolvlm.engine.static_decode import DecodeAttention, StaticDecoder
@@ -48,7 +49,11 @@ def engines(checkpoint: Path, args: argparse.Namespace) -> dict[str, Engine]:
     made = {}
     for side in ("graph", "eager"):
         decode = side if args.device.startswith("cuda") else "eager"
-        options = {"max_num_sequences": args.batch, "kv_cache_bytes": cache_bytes(args), "prefix_caching": False}
+        options = {
+            "max_num_sequences": args.batch,
+            "kv_cache_bytes": cache_bytes(checkpoint, args),
+            "prefix_caching": False,
+        }
         engine = Engine.from_pretrained(checkpoint, args.device, args.dtype, decode=decode, **options)
         if side != decode:
             runner = engine.runner
@@ -57,10 +62,9 @@ def engines(checkpoint: Path, args: argparse.Namespace) -> dict[str, Engine]:
     return made
 
 
-def cache_bytes(args: argparse.Namespace) -> int:
+def cache_bytes(checkpoint: Path, args: argparse.Namespace) -> int:
     """What the sequences fill, and the share that an engine keeps for online ones."""
-    text = SIZES[args.size].text
-    token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * DTYPES[args.dtype].itemsize
+    token = KVCache.block_bytes(ModelConfig.from_pretrained(checkpoint).text, 1, DTYPES[args.dtype])
     return args.batch * (args.context + num_steps(args) + 2 * BLOCK_SIZE) * token * 8 // 7
 
 
@@ -90,28 +94,11 @@ def step_seconds(engine: Engine, steps: int) -> float:
     return (time.perf_counter() - start) / steps
 
 
-def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median of several runs of some work on the device."""
-    times = []
-    for _ in range(repeats + 1):
-        _wait(device)
-        start = time.perf_counter()
-        work()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])  # the first compiles
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def copy_bandwidth(device: torch.device, size: int, repeats: int) -> float:
     """Bytes a second, read and written, of a plain copy."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / seconds(lambda: target.copy_(source), device, repeats)
+    return 2 * size / median_seconds(lambda: target.copy_(source), device, repeats)
 
 
 def kernel_seconds(side: str, cache: KVCache, args: argparse.Namespace) -> float:
@@ -130,23 +117,11 @@ def kernel_seconds(side: str, cache: KVCache, args: argparse.Namespace) -> float
             attention.attend(layer, q, kv)
 
     captured = GraphCapture(device)(work) if device.type == "cuda" else work  # launches are not what is measured
-    return seconds(captured, device, args.repeats) / len(layers)
+    return median_seconds(captured, device, args.repeats) / len(layers)
 
 
 def _noise(cache: KVCache, *shape: int) -> Tensor:
     return torch.randn(shape, device=cache.storage.device, dtype=cache.storage.dtype)
-
-
-def step_bytes(engine: Engine, args: argparse.Namespace) -> tuple[int, int]:
-    """What a step must read: weights, and keys and values half-way through the measurement."""
-    shape = SIZES[args.size].text
-    width = DTYPES[args.dtype].itemsize
-    attention = shape.hidden_size * shape.head_dim * (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads)
-    layer = attention + 3 * shape.hidden_size * shape.intermediate_size
-    weights = (shape.num_hidden_layers * layer + engine.config.text.vocab_size * shape.hidden_size) * width
-    tokens = args.batch * (args.context + num_steps(args) // 2)
-    keys = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * width
-    return weights, tokens * keys
 
 
 @torch.inference_mode()
@@ -158,8 +133,8 @@ def measure(checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
             times[side].append(step_seconds(sides[side], args.steps))
     cache = sides["graph"].runner.cache
     bandwidth = copy_bandwidth(cache.storage.device, args.copied_bytes, args.repeats)
-    weights, keys = step_bytes(sides["graph"], args)
-    limit_s = (weights + keys) / bandwidth
+    half_way = args.batch * (args.context + num_steps(args) // 2)  # tokens
+    limit_s = decode_bytes(sides["graph"].config, half_way, DTYPES[args.dtype]) / bandwidth
     layer_bytes = args.batch * args.context * cache.storage[0, 0, 0].nbytes
     kernels = {side: kernel_seconds(side, cache, args) for side in KERNELS}
     return {
@@ -184,9 +159,7 @@ def report(measured: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]
         "peer_name": "torch's operators one by one",
         "details": measured,
         "setting": vars(args),
-        "hardware": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else platform.machine(),
-        "versions": {name: version(name) for name in ("torch", "triton")} | {"python": platform.python_version()},
-        "command": " ".join(["python", *sys.argv]),
+        **provenance(torch.device(args.device), "torch", "triton"),
     }
 
 

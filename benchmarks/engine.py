@@ -13,24 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measuring.hardware import hardware
+from measuring.hardware import provenance
 from measuring.limits import Load, Rates, limit_seconds, measure_rates
 from measuring.plot import draw
+from measuring.timing import now
 
 from smolvlm import Engine, Processor, SamplingParams
 from smolvlm.config import ModelConfig
@@ -53,9 +50,7 @@ class Clock:
         self.seconds: dict[str, float] = defaultdict(float)
 
     def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return now(self.device)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -259,9 +254,7 @@ def report(batches: list[dict[str, Any]], args: argparse.Namespace, prompt_token
         "batches": batches,
         "rates": {"flops_per_s": rates.flops, "bytes_per_s": rates.bytes},
         "setting": {**vars(args), "prompt_tokens": prompt_tokens},
-        "hardware": hardware(torch.device(args.device)),
-        "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
-        "command": " ".join(["python", *sys.argv]),
+        **provenance(torch.device(args.device), "torch", "transformers"),
     }
 
 
@@ -310,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
         for batch in args.batch:
             load = Load(batch, args.tiles, prompt_tokens, args.tokens)
             measure(sides, load, args.repeats)
-            batches.append(compare(sides, load, limit_seconds(config, load, dtype.itemsize, rates)))
+            batches.append(compare(sides, load, limit_seconds(config, load, dtype, rates)))
     if args.plot:
         title = f"SmolVLM-{args.size}, {args.tiles} tiles, {args.tokens} tokens, {args.dtype}"
         draw(batches, title, Path(args.plot))

@@ -1,8 +1,10 @@
-"""What a benchmark ran on."""
+"""What a benchmark ran on, and with what."""
 
 from __future__ import annotations
 
 import platform
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,12 @@ def hardware(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
     return described
+
+
+def provenance(device: torch.device, *packages: str) -> dict[str, Any]:
+    """Hardware, versions and command, for the end of a report."""
+    versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
+    return {"hardware": hardware(device), "versions": versions, "command": " ".join(["python", *sys.argv])}
 
 
 def _cpu_name() -> str:

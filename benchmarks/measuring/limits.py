@@ -6,13 +6,12 @@ its operations at the first rate or its bytes at the second; the limit of a batc
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from measuring.timing import median_seconds
 
+from smolvlm.attention import KVCache
 from smolvlm.config import ModelConfig
 
 REPEATS = 5
@@ -40,33 +39,16 @@ def measure_rates(device: torch.device, dtype: torch.dtype, size: int) -> Rates:
     """Multiply two matrices of `size` and read one of 64 times as many values, beyond any cache from 1024 on."""
     with torch.inference_mode():
         a, b = torch.randn(2, size, size, device=device).to(dtype)
-        flops = 2 * size**3 / _seconds(lambda: torch.mm(a, b), device)
+        flops = 2 * size**3 / median_seconds(lambda: torch.mm(a, b), device, REPEATS)
         values = torch.ones(64 * size * size, device=device)
-        return Rates(flops, values.nbytes / _seconds(values.sum, device))
+        return Rates(flops, values.nbytes / median_seconds(values.sum, device, REPEATS))
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    def once() -> float:
-        start = _now(device)
-        work()
-        return _now(device) - start
-
-    once()
-    return statistics.median(once() for _ in range(REPEATS))
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def limit_seconds(config: ModelConfig, load: Load, itemsize: int, rates: Rates) -> dict[str, float]:
+def limit_seconds(config: ModelConfig, load: Load, dtype: torch.dtype, rates: Rates) -> dict[str, float]:
     """The least seconds of each phase of this load."""
     steps = load.tokens - 1  # the first token comes from the prefill
     context = load.prompt_tokens + steps / 2
-    kv_bytes = 2 * config.text.num_layers * config.text.num_kv_heads * config.text.head_dim * itemsize
-    step_bytes = itemsize * (_text_weights(config) + _head_weights(config)) + load.batch * context * kv_bytes
+    step_bytes = decode_bytes(config, load.batch * context, dtype)
     step_flops = load.batch * (_token_flops(config, context) + 2 * _head_weights(config))
     prompt = load.prompt_tokens * _token_flops(config, load.prompt_tokens / 2) + 2 * _head_weights(config)
     return {
@@ -74,6 +56,12 @@ def limit_seconds(config: ModelConfig, load: Load, itemsize: int, rates: Rates) 
         "prefill": load.batch * prompt / rates.flops,
         "decode": steps * max(step_flops / rates.flops, step_bytes / rates.bytes),
     }
+
+
+def decode_bytes(config: ModelConfig, tokens: float, dtype: torch.dtype) -> float:
+    """What a decode step must read: the text model's weights once, and keys and values of so many tokens."""
+    weights = _text_weights(config) + _head_weights(config)
+    return weights * dtype.itemsize + tokens * KVCache.block_bytes(config.text, 1, dtype)
 
 
 def tile_flops(config: ModelConfig) -> float:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from smoke import ROOT, smoke_report
 
@@ -40,6 +41,8 @@ def test_the_limits_are_those_of_the_architecture(tmp_path: Path) -> None:
     config = replace(config, text=replace(config.text, num_layers=30), vision=replace(config.vision, num_layers=12))
     assert tile_flops(config) == pytest.approx(215e9, rel=0.02)
     slow = Rates(flops=1e30, bytes=1e9)
-    short, long = (limit_seconds(config, Load(16, 1, prompt, 2), 2, slow)["decode"] for prompt in (100, 1100))
+    short, long = (
+        limit_seconds(config, Load(16, 1, prompt, 2), torch.bfloat16, slow)["decode"] for prompt in (100, 1100)
+    )
     assert long - short == pytest.approx(16 * 1000 * 23040 / 1e9)
     assert short - 16 * 100.5 * 23040 / 1e9 == pytest.approx(0.27, rel=0.02)  # the text model and its head, read once
