@@ -7,7 +7,7 @@ first step.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,19 +15,20 @@ from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor
 
 from smolvlm.scratch import Shape, weight_shapes, write_checkpoint
+from smolvlm.training.kept import POSITIONS, RESIDUAL, kept_weights
+from smolvlm.training.plan import Part
 from smolvlm.vocabulary import ADDED_TOKENS, LEADING_TOKENS, assemble_tokenizer
-from smolvlm.weights import read_tensors
 
-VISION = "model.vision_model."
-POSITIONS, PATCHES = "position_embedding.weight", "patch_embedding.weight"
+PATCHES = "patch_embedding.weight"
 INK = 3.0  # strokes cover a small part of a patch
-RESIDUAL = ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")
 
 
-def create_fresh_checkpoint(directory: Path, shape: Shape, seed: int, vision_from: Path | None = None) -> Path:
-    """Write a checkpoint of `shape` into `directory`, its vision encoder that of the checkpoint `vision_from`.
+def create_fresh_checkpoint(
+    directory: Path, shape: Shape, seed: int, kept_from: Path | None = None, keep: Sequence[Part] = ("vision",)
+) -> Path:
+    """Write a checkpoint of `shape` into `directory`, its parts `keep` those of the checkpoint `kept_from`, if given.
 
-    Raises ValueError where vocab_size is not the tokenizer's, or that encoder has another shape.
+    Raises ValueError where vocab_size is not the tokenizer's, or a part does not fit the shape.
     """
     tokenizer = byte_tokenizer()
     if shape.text.vocab_size != tokenizer.get_vocab_size():
@@ -36,23 +37,19 @@ def create_fresh_checkpoint(directory: Path, shape: Shape, seed: int, vision_fro
             f"{tokenizer.get_vocab_size()} tokens: write that"
         )
     weights = fresh_weights(shape, seed)
-    if vision_from is not None:
-        weights |= _vision_weights(vision_from, weights)
+    if kept_from is not None:
+        _check_vocabulary(kept_from, keep, tokenizer)
+        weights |= kept_weights(kept_from, keep, weights)
     write_checkpoint(directory, shape, tokenizer, weights, "float32")
     return directory
 
 
-def _vision_weights(directory: Path, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    trained = {key: tensor.float() for _, key, tensor in read_tensors(directory) if key.startswith(VISION)}
-    expected = {key: tensor.shape for key, tensor in fresh.items() if key.startswith(VISION)}
-    for key in sorted(expected.keys() | trained.keys()):
-        found = trained[key].shape if key in trained else None
-        if found != expected.get(key):
-            raise ValueError(
-                f"{directory}: {key!r} has shape {found and list(found)}, start.shape.vision asks for "
-                f"{expected.get(key) and list(expected[key])}; write the shape of the checkpoint's encoder"
-            )
-    return trained
+def _check_vocabulary(directory: Path, keep: Sequence[Part], tokenizer: Tokenizer) -> None:
+    if "text" in keep and Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{directory}: its tokenizer is not the byte-level one of a fresh model, so its decoder cannot be kept; "
+            "leave text out of start.keep"
+        )
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -21,12 +21,14 @@ Part = Literal["vision", "connector", "text"]
 @dataclass(frozen=True)
 class Start:
     """What training begins with: a checkpoint (`id`: directory, `bundled` or a hub id with `revision`), or fresh
-    weights of a `shape` with a byte-level tokenizer. With both, fresh weights around the checkpoint's vision encoder:
-    one that has learned glyphs gets a new decoder."""
+    weights of a `shape` with a byte-level tokenizer. With both, fresh weights around the checkpoint's parts `keep`: an
+    encoder that has learned glyphs gets a new decoder, or all goes on with more layers and larger tiles."""
 
     id: str | None = None
     revision: str | None = None
     shape: Shape | None = None
+    keep: Annotated[tuple[Part, ...], MinLen(1)] = ("vision",)
+    """Layers that the checkpoint lacks begin as identities, positions of more patches are interpolated."""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def _begin(plan: TrainingPlan, process: Process) -> Path:
     if start.shape is None:
         assert given is not None, "check_plan saw to it"
         return given
-    return create_fresh_checkpoint(output / f"fresh_{process.rank}", start.shape, plan.seed, vision_from=given)
+    return create_fresh_checkpoint(output / f"fresh_{process.rank}", start.shape, plan.seed, given, start.keep)
 
 
 def _windows(plan: TrainingPlan, number: int, trainer: Trainer, source: SourceData | None) -> Windows:

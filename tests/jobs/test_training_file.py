@@ -182,7 +182,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "missing keys": (
         {"name": "x"},
-        ["`output`: missing", "`start`: missing; add it (id, revision, shape)", "`stages`: miss"],
+        ["`output`: missing", "`start`: missing; add it (id, revision, shape, keep)", "`stages`: miss"],
     ),
     "missing key of a stage": (content(stages=[{"name": "a"}]), ["`stages[0].steps`: missing"]),
     "a number as text": (stage(steps="5"), ['`stages[0].steps`: "5"', "whole number, without quotes"]),
@@ -224,7 +224,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "NaN": (stage(learning_rate=[float("nan"), 0.1]), ["`stages[0].learning_rate[0]`", "nan", "finite number"]),
     "a start that is a text": (
         content(start="bundled"),
-        ["`start`", "must be a mapping of keys (id, revision, shape)"],
+        ["`start`", "must be a mapping of keys (id, revision, shape, keep)"],
     ),
 }
 

@@ -59,17 +59,6 @@ def test_a_trained_encoder_gets_a_new_decoder(tmp_path: Path) -> None:
                            fresh["model.vision_model.embeddings.patch_embedding.weight"])  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("vision", "named"),
-    [(replace(VISION, hidden_size=64), "shape"), (replace(VISION, num_hidden_layers=3), "layers.2")],
-)
-def test_an_encoder_of_another_shape_is_refused(tmp_path: Path, vision: VisionShape, named: str) -> None:
-    create_fresh_checkpoint(tmp_path / "old", SHAPE, seed=1)
-    with pytest.raises(ValueError, match=named):
-        create_fresh_checkpoint(tmp_path / "new", replace(SHAPE, vision=vision), 2, tmp_path / "old")
-    assert not (tmp_path / "new").exists()
-
-
 def test_another_vocabulary_is_refused_by_name(tmp_path: Path) -> None:
     shape = replace(SHAPE, text=replace(SHAPE.text, vocab_size=500))
     with pytest.raises(ValueError, match=r"start\.shape\.text\.vocab_size is 500"):
