@@ -38,6 +38,10 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
 
+    def pin_memory(self) -> Batch:
+        """The same in memory that a GPU copies from by itself; the data loader's thread calls it."""
+        return Batch(**{name: value.pin_memory() for name, value in vars(self).items()})
+
 
 def collate(examples: list[Example], image_token_id: int) -> Batch:
     """Pad at the end: with causal attention nothing that counts sees the padding."""
@@ -123,8 +127,8 @@ class Windows(Dataset[Window | ValueError]):
                 yield int(np.random.default_rng((self.seed, epoch)).permutation(self.num_examples)[index])
 
 
-def steps(windows: Windows, first: int, last: int, workers: int) -> Iterator[list[Batch]]:
-    """The micro-batches of steps first..last-1, drawn ahead by `workers` processes (0: in this one).
+def steps(windows: Windows, first: int, last: int, workers: int, pin: bool = False) -> Iterator[list[Batch]]:
+    """The micro-batches of steps first..last-1, drawn ahead by `workers` processes (0: in this one), for a GPU pinned.
 
     Raises ValueError, naming the example, when the step is reached whose window holds a bad one.
     """
@@ -137,6 +141,7 @@ def steps(windows: Windows, first: int, last: int, workers: int) -> Iterator[lis
         multiprocessing_context="spawn" if workers else None,
         prefetch_factor=2 if workers else None,
         worker_init_fn=_end_at_once if workers else None,
+        pin_memory=pin,
     )
     with _interrupts_ignored():
         windows_in_order = iter(loader)

@@ -83,7 +83,8 @@ class Trainer:
             number, done = self.plan.stage_at(self.step)
             stage = self.plan.stages[number]
             freeze(self.objective, stage.freeze)
-            for micro_batches in steps(windows_of(number), done, stage.steps, self.plan.data_workers):
+            pin = self.device.type == "cuda"
+            for micro_batches in steps(windows_of(number), done, stage.steps, self.plan.data_workers, pin):
                 yield self._report(stage, micro_batches)
 
     def _report(self, stage: Stage, micro_batches: list[Batch]) -> StepReport:

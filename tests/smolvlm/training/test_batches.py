@@ -101,6 +101,13 @@ def test_data_workers_change_nothing(make: ExampleMaker) -> None:
     assert all_equal(steps(windows(make), 3, 12, workers=1), steps(windows(make), 3, 12, workers=0))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which memory is pinned for")
+def test_batches_for_a_gpu_are_pinned(make: ExampleMaker) -> None:
+    pinned = [batch for step in steps(windows(make), 3, 12, workers=1, pin=True) for batch in step]
+    assert all(value.is_pinned() for batch in pinned for value in vars(batch).values() if value.numel())
+    assert all_equal(iter([pinned]), iter([[b for step in steps(windows(make), 3, 12, workers=0) for b in step]]))
+
+
 def test_data_workers_end_in_silence_wherever_they_are(make: ExampleMaker, capfd: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         drawn = steps(windows(make), 0, 1000, workers=2)
