@@ -76,18 +76,22 @@ class KVCache:
 class PackedPrefill:
     """Whole prompts one after the other, without padding; each attends causally to itself.
 
-    cache None computes without storing (training, full recomputation); slots is then unused.
+    cache None computes without storing (training, full recomputation); slots is then unused. With `starts` all prompts
+    go through one kernel (`can_pack_sequences`), else one after the other.
     """
 
     lengths: tuple[int, ...]
     positions: Tensor  # int64 [T], T = sum(lengths)
     slots: Tensor  # int64 [T]
     cache: KVCache | None
+    starts: Tensor | None = None  # int32 [n + 1], where each prompt starts, and T
 
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         if self.cache is not None:
             self.cache.write(layer, self.slots, kv)
         k, v = kv.unbind(1)
+        if self.starts is not None:
+            return packed_attention(q, k, v, self.starts, max(self.lengths))
         parts = zip(*(tensor.split(self.lengths) for tensor in (q, k, v)), strict=True)
         return torch.cat([causal_attention(*part) for part in parts])
 
@@ -154,6 +158,22 @@ def packed_prefill(lengths: tuple[int, ...], device: torch.device) -> PackedPref
     """A prefill that stores nothing, for training and full recomputation."""
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
     return PackedPrefill(lengths, positions, positions, None)
+
+
+def can_pack_sequences(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's flash attention takes sequences of all lengths in one call: on CUDA, in half precision."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+    """Sequences of up to `longest` tokens one after the other, `starts` int32 [n + 1], each causal: [T, heads, D].
+
+    The operator behind torch.nn.attention.varlen, which wants one number of heads for queries and keys.
+    """
+    attended: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, starts, starts, longest, longest, 0.0, True, False
+    )[0]
+    return attended
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from smolvlm.attention import Attention
 from smolvlm.config import ModelConfig
 from smolvlm.connector import Connector
+from smolvlm.sampling import SamplingTensors, choose_tokens
 from smolvlm.text import TextDecoder
 from smolvlm.vision import VisionEncoder
 from smolvlm.weights import load_weights
@@ -75,3 +76,7 @@ class SmolVLM(nn.Module):
         hidden = self.text(embeddings, attention)
         logits: Tensor = self.head(hidden if last is None else hidden.index_select(0, last))
         return logits
+
+    def choose(self, logits: Tensor, sampling: SamplingTensors | None, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits [B, V] → the next tokens int64 [B] and their log-probabilities float32 [B] (choose_tokens)."""
+        return choose_tokens(logits, sampling, uniform)
