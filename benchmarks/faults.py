@@ -40,19 +40,17 @@ import pyarrow.parquet as pq
 from PIL import Image
 from rich.console import Console
 
-ROOT = Path(__file__).resolve().parent.parent
-SUPPORT = ROOT / "tests" / "support"
-# The stand-in engine lives with the tests. This folder itself must not be searched: `pipeline` is the package.
-sys.path[:1] = [str(ROOT), str(SUPPORT)]
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SUPPORT), os.environ.get("PYTHONPATH", "")])
+SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
+sys.path.append(str(SUPPORT))  # the stand-in engine lives with the tests
+os.environ["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import ray
+from faulting.meter import Meter, Strike, timeline, watching
 from ray.cluster_utils import Cluster
 from standin import PixelAnswerer, set_limit, text_of
 
-from benchmarks.faulting.meter import Meter, Strike, timeline, watching
 from jobs.verify import verify
 from pipeline.generate import Pending
 from pipeline.job import EngineOptions, ImageOptions, Job, Model, Output, Source, Task

@@ -30,8 +30,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).parents[1])  # beside this file lies another `pipeline`
-
 from PIL import Image
 
 from jobs.generated import COLUMNS, LABELS, draw, write_documents

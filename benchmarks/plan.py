@@ -29,10 +29,6 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
-# This folder itself must not be searched: `pipeline` is the package.
-sys.path[0] = str(ROOT)
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import torch
@@ -154,7 +150,7 @@ def main() -> None:
             tokens = 16
             arguments.photos = arguments.documents = arguments.words = 40
             arguments.model = str(create_checkpoint(Path(folder) / "tiny", "tiny"))
-        found = {}
+        found: dict[str, Any] = {}
         for name in SOURCES:
             # Trying the engine takes most of a small run: the first source's figures serve the others.
             option = "--profile" if found else "--save-profile"

@@ -33,11 +33,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
-SUPPORT = ROOT / "tests" / "support"
-# The stand-ins live with the tests. This folder itself must not be searched: `pipeline` is the package.
-sys.path[0] = str(SUPPORT)
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SUPPORT), os.environ.get("PYTHONPATH", "")])
+SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
+sys.path.append(str(SUPPORT))  # the stand-ins live with the tests
+os.environ["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # The synthetic store takes any.

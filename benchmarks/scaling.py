@@ -17,7 +17,6 @@ import logging
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -25,9 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# This folder itself must not be searched: `pipeline` is the package.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
-os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
@@ -104,7 +100,7 @@ def rate_on(nodes: int, source: Path, checkpoint: Path, arguments: argparse.Name
         summary = run(job, answerer_factory=factory)
         ended = time.time()
         assert summary.ok == images, summary
-        return images / (ended - all_asked(engines, nodes))
+        return float(images / (ended - all_asked(engines, nodes)))
 
 
 def measure(nodes: int, source: Path, checkpoint: Path, arguments: argparse.Namespace) -> float:

@@ -25,8 +25,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).parents[1])  # beside this file lies another `pipeline`
-
 import numpy as np
 import torch
 from torch.utils.data import Dataset, SequentialSampler

@@ -8,10 +8,7 @@ Weights, preparation of the picture and prompt are ours, so that only the engine
 import base64
 import sys
 import threading
-from pathlib import Path
 from typing import Any
-
-sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 import uvicorn

@@ -5,8 +5,8 @@ from smoke import smoke_report
 
 
 @pytest.mark.timeout(200)
-def test_pipeline_runs() -> None:
-    report = smoke_report("pipeline.py", timeout_s=180)
+def test_end_to_end_runs() -> None:
+    report = smoke_report("end_to_end.py", timeout_s=180)
     assert set(report["standin"]) == {"ours", "ray_read_webdataset", "plain_loop"}
     assert set(report["engine"]) == {"ours", "plain_loop"}
     assert report["ours"] > 0

@@ -1,6 +1,6 @@
 """The pipeline against a plain loop and against Ray Data's own reader, on the same inputs, in one run.
 
-    python benchmarks/pipeline.py [--smoke] [--repeats N] [--images N] [--engine-images N] [--size 256m]
+    python benchmarks/end_to_end.py [--smoke] [--repeats N] [--images N] [--engine-images N] [--size 256m]
 
 Case `standin`: tars of small JPEGs → tiles → a stand-in engine → Parquet, so that everything but the model is measured.
 Ours, Ray's `read_webdataset` with the same preparation and stand-in, and a plain loop in this process take turns.
@@ -35,8 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
-# The stand-in engine lives with the tests. This folder itself must not be searched: `pipeline` is the package.
-sys.path[0] = str(SUPPORT)
+sys.path.append(str(SUPPORT))  # the stand-in engine lives with the tests
 os.environ["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
