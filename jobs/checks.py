@@ -61,6 +61,8 @@ def output(value: Output) -> Output:
 
 def model(value: Model) -> Model:
     """Return `value` if it is `bundled`, a directory that exists, or a hub id with a pinned revision."""
+    if value.quantization is not None and value.dtype == "float16":
+        refuse("dtype", value.dtype, "quantization int8 goes with float32 or bfloat16")
     if value.id == BUNDLED:
         _check_unpinned(value)
     elif Path(value.id).expanduser().is_dir():
@@ -95,6 +97,14 @@ def engine(value: EngineOptions) -> EngineOptions:
     if value.gpus > 1 and value.gpus != int(value.gpus):
         refuse("gpus", value.gpus, "use a whole number of GPUs, or a share of one between 0 and 1")
     return value
+
+
+def place(model: Model, engine: EngineOptions) -> None:
+    """Refuse a model that the engine's device cannot run."""
+    if model.quantization is not None and engine.gpus:
+        refuse(
+            "model.quantization", model.quantization, "8-bit integers are for CPUs; leave it out or set engine.gpus 0"
+        )
 
 
 def limits(value: Limits) -> Limits:

@@ -47,6 +47,7 @@ class Profile:
     model_id: str
     revision: str | None
     dtype: str
+    quantization: str | None
     sequences: int
     tile_s: float
     output_token_s: float
@@ -78,8 +79,8 @@ def load_profile(path: Path, job: Job, gpu: str | None) -> Profile:
         raise ConfigError(
             f"--profile {path}: {error}; give a file that `smolvlm plan … --save-profile` has written"
         ) from None
-    recorded = (profile.model_id, profile.revision, profile.dtype)
-    wanted = (job.model.id, job.model.revision, job.model.dtype)
+    recorded = (profile.model_id, profile.revision, profile.dtype, profile.quantization)
+    wanted = (job.model.id, job.model.revision, job.model.dtype, job.model.quantization)
     if recorded != wanted:
         raise ConfigError(f"--profile {path}: measured with the model {recorded}, the job has {wanted}; record another")
     check_hardware(profile, gpu)
@@ -128,6 +129,7 @@ def calibrate(job: Job, tiles: Sequence[Tiles], start_s: float) -> Profile:
         model_id=job.model.id,
         revision=job.model.revision,
         dtype=job.model.dtype,
+        quantization=job.model.quantization,
         sequences=sequences,
         tile_s=images_s / rounds[-1].tiles,
         output_token_s=max(whole_s - images_s, 0.0) / sum(each.output_tokens for row in answers for each in row),

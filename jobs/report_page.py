@@ -76,7 +76,7 @@ def _facts(gallery: Gallery) -> str:
         "rows": f"{gallery.rows:,} of {gallery.inputs:,}: {gallery.rows - errors:,} ok, {errors:,} errors",
         "source": job.source.uri,
         "output": gallery.location.uri,
-        "model": " ".join(filter(None, (job.model.id, job.model.revision, job.model.dtype))),
+        "model": " ".join(filter(None, (job.model.id, job.model.revision, job.model.dtype, job.model.quantization))),
         **{f"task {task.name}": f"{task.prompt} (max_new_tokens {task.max_new_tokens})" for task in job.tasks},
     }
     return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{_safe(text, 600)}</dd>' for name, text in facts.items())}</dl>"

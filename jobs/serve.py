@@ -6,10 +6,10 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from annotated_types import Gt, Interval
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jobs import checks, explain
 from jobs.run import draining, fetch_checkpoint, ray_session
@@ -49,6 +49,11 @@ class EndpointSpec(BaseModel):
     gateway_cpus: Annotated[float, Gt(0)] = EndpointOptions.gateway_cpus
     decoders: Annotated[int, Gt(0)] = EndpointOptions.decoders
     limits: Limits = Field(default_factory=Limits)
+
+    @model_validator(mode="after")
+    def _runs_where_it_is_placed(self) -> Self:
+        checks.place(self.model, self.engine)
+        return self
 
     def to_options(self) -> EndpointOptions:
         """Return the endpoint as the pipeline takes it. Raises ConfigError if it would be open to strangers."""

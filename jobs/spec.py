@@ -7,10 +7,10 @@ key, the value and the remedy.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from annotated_types import Ge, Gt, MinLen
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jobs import checks, documents, explain
 from pipeline.errors import ConfigError
@@ -38,6 +38,11 @@ class JobSpec(BaseModel):
     limit: Annotated[int, Gt(0)] | None = None
     seed: Annotated[int, Ge(0)] = 0
     limits: Annotated[Limits, AfterValidator(checks.limits)] = Field(default_factory=Limits)
+
+    @model_validator(mode="after")
+    def _runs_where_it_is_placed(self) -> Self:
+        checks.place(self.model, self.engine)
+        return self
 
     def to_job(self) -> Job:
         """Return the job as the pipeline takes it."""

@@ -52,7 +52,12 @@ class EngineWorker:
         self._model = model
         self._processor = Processor.from_pretrained(model.id, revision=model.revision)
         engine = Engine.from_pretrained(
-            model.id, device, model.dtype, model.revision, max_num_sequences=options.max_num_sequences
+            model.id,
+            device,
+            model.dtype,
+            model.revision,
+            max_num_sequences=options.max_num_sequences,
+            quantization=model.quantization,
         )
         self._loop = EngineLoop(engine)
         self._online_requests = self._batch_rows = 0

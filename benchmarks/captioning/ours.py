@@ -1,10 +1,7 @@
 """Our side of `benchmarks/captions.py`: decode, split, engine."""
 
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path[:1] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
 import torch
 from turns import Caption, take_turns
@@ -16,7 +13,9 @@ from smolvlm.image import decode_image
 def prepare(work: dict[str, Any]) -> Caption:
     """Load the engine; pictures are not split, as for the peers."""
     torch.set_num_threads(work["threads"])
-    engine = Engine.from_pretrained(work["checkpoint"], "cpu", work["dtype"], prefix_caching=False)
+    engine = Engine.from_pretrained(
+        work["checkpoint"], "cpu", work["dtype"], prefix_caching=False, quantization=work["quantization"]
+    )
     processor = Processor.from_pretrained(work["checkpoint"])
     content = [{"type": "image"}, {"type": "text", "text": work["prompt"]}]
     messages = [{"role": "user", "content": content}]

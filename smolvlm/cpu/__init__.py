@@ -1,1 +1,1 @@
-"""Native code for CPUs, compiled where it runs: attention, and the resizing of images."""
+"""Native code for CPUs, compiled where it runs: attention, layers in 8-bit integers, and the resizing of images."""

@@ -20,9 +20,10 @@ from functools import cache
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-Wno-psabi")
+THREADS = ("-fopenmp",)  # loaded after torch, it shares torch's threads
 # Without contraction a product and a sum round as two operations, as they do in Pillow.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-ffp-contract=off", "-Wno-psabi")
-OPENMP = {"attention": ("-fopenmp",), "resize": ()}  # loaded after torch, it shares torch's threads
+OWN_FLAGS = {"attention": THREADS, "layers": THREADS, "resize": ("-ffp-contract=off",)}
 TIMEOUT_S = 60
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def load(name: str, cxx: str, directory: Path) -> ctypes.CDLL:
     Raises:
         NoNativeCode: the compiler, the directory or the loader fails.
     """
-    source, flags = SOURCES / f"{name}.cpp", (*FLAGS, *OPENMP[name])
+    source, flags = SOURCES / f"{name}.cpp", (*FLAGS, *OWN_FLAGS[name])
     target = directory / f"{name}-{_fingerprint(source, cxx, flags)}.so"
     try:
         if not target.exists():
@@ -95,7 +96,8 @@ def _build(source: Path, cxx: str, flags: tuple[str, ...], target: Path) -> None
 def _fingerprint(source: Path, cxx: str, flags: tuple[str, ...]) -> str:
     """Digest of what the library depends on; the predefined macros tell the compiler's version and the processor."""
     macros = _run([cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull])
-    return hashlib.sha256(source.read_bytes() + macros).hexdigest()[:24]
+    headers = [header.read_bytes() for header in sorted(SOURCES.glob("*.h"))]
+    return hashlib.sha256(b"".join([source.read_bytes(), *headers, macros])).hexdigest()[:24]
 
 
 def _run(command: list[str]) -> bytes:

@@ -89,7 +89,7 @@ def job_of(source: Path, checkpoint: Path, *tasks: Task, **options: object) -> J
 def profile_of(job: Job, **changes: object) -> Profile:
     lengths = tuple(TaskLength(task.prompt, task.max_new_tokens, 6.0, 0.5) for task in job.tasks)
     figures = {"tile_s": 0.5, "output_token_s": 0.25, "rounds": 3, "spread": 0.0, "load_s": 20.0, "start_s": 36.0}
-    model = (job.model.id, job.model.revision, job.model.dtype)
+    model = (job.model.id, job.model.revision, job.model.dtype, job.model.quantization)
     made = Profile("NVIDIA H100 80GB HBM3", "cuda", *model, 256, **figures, lengths=lengths, version="0", torch="2")
     return replace(made, **changes)  # type: ignore[arg-type]
 
@@ -249,6 +249,8 @@ class TestCalibration:
             load_profile(path, job, "a100")
         with pytest.raises(ConfigError, match=r"measured with the model .*float32.*bfloat16"):
             load_profile(path, replace(job, model=replace(job.model, dtype="bfloat16")), None)
+        with pytest.raises(ConfigError, match=r"measured with the model .*None.*int8"):
+            load_profile(path, replace(job, model=replace(job.model, quantization="int8")), None)
         for wrong in ("", "[]", "{}", '{"lengths": [1]}', json.dumps({"lengths": [], "x": 1})):
             path.write_text(wrong)
             with pytest.raises(ConfigError, match="give a file that `smolvlm plan … --save-profile` has written"):

@@ -21,6 +21,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from jobs.serve import application, parse
 from pipeline.errors import ConfigError
+from smolvlm.hub import BUNDLED
 
 SMOLVLM = Path(sys.executable).with_name("smolvlm")
 CONFIG = Path(__file__).parents[2] / "cluster" / "serve.yaml"
@@ -122,10 +123,14 @@ def test_mistakes_end_with_2_a_message_and_no_traceback(tiny_checkpoint: Path, t
             assert "secret" not in done.stderr
 
 
+QUANTIZED = {"id": BUNDLED, "quantization": "int8"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"prot": 8000}, "`prot`: unknown key; did you mean `port`?"),
+        ({"engine": {"gpus": 1}, "model": QUANTIZED}, "`model.quantization`: \"int8\": 8-bit integers are for CPUs"),
         ({"port": "8000"}, "`port`: \"8000\": must be a whole number"),
         ({"limits": {"max_requests": 0}}, "`limits.max_requests`: 0: must be greater than 0"),
         ({"engine": {"mode": "shared"}}, "`engine.mode`: \"shared\": an endpoint has its own engines"),

@@ -123,6 +123,15 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "bytes": (content(name=b"x"), ["`name`", "b'x'", "cannot stand in a job file"]),
     "unknown format": (content(source__format="tars"), ["`source.format`", '"tars"', "'webdataset'"]),
     "unknown dtype": (content(model__dtype="int8"), ["`model.dtype`", '"int8"', "'bfloat16'"]),
+    "unknown quantization": (content(model__quantization="int4"), ["`model.quantization`", '"int4"', "'int8'"]),
+    "integers on a GPU": (
+        content(model__quantization="int8", engine__gpus=1),
+        ["`model.quantization`", "for CPUs", "engine.gpus 0"],
+    ),
+    "integers beside float16": (
+        content(model__quantization="int8", model__dtype="float16"),
+        ["`model.dtype`", '"float16"', "float32 or bfloat16"],
+    ),
     "column of images": (content(source__format="images", source__column="x"), ["`source.column`", "no columns"]),
     "blank glob": (content(source__glob=" "), ["`source.glob`", "**/*.jpg"]),
     "unknown scheme": (content(source__uri="s4://b/x"), ["`source.uri`", '"s4://b/x"', "did you mean s3://"]),
