@@ -16,7 +16,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ if "--smoke" in sys.argv:
 import torch
 from measuring.hardware import provenance
 from measuring.limits import decode_bytes
-from measuring.timing import median_seconds
+from measuring.timing import median_seconds, now
 from torch import Tensor
 
 from smolvlm import Engine, SamplingParams
@@ -34,12 +33,13 @@ from smolvlm.attention import KVCache, paged_decode
 from smolvlm.config import ModelConfig
 from smolvlm.engine.cuda_graph import GraphCapture
 from smolvlm.engine.engine import BLOCK_SIZE, DTYPES
-from smolvlm.engine.static_decode import DecodeAttention, StaticDecoder
+from smolvlm.engine.runner import DecodeMode
+from smolvlm.engine.static_decode import STEPS, DecodeAttention, StaticDecoder
 from smolvlm.kernels.paged_decode import fused_paged_decode
 from smolvlm.processor import ModelInput
 from smolvlm.scratch import SIZES, create_checkpoint
 
-WARM_UP_STEPS = 3
+WARM_UP_VISITS = 3
 COPIED_BYTES = 2**30
 KERNELS: dict[str, DecodeAttention] = {"graph": fused_paged_decode, "eager": paged_decode}
 
@@ -48,7 +48,7 @@ def engines(checkpoint: Path, args: argparse.Namespace) -> dict[str, Engine]:
     """One engine a side, each with `batch` sequences of `context` tokens under way."""
     made = {}
     for side in ("graph", "eager"):
-        decode = side if args.device.startswith("cuda") else "eager"
+        decode: DecodeMode = "graph" if side == "graph" and args.device.startswith("cuda") else "eager"
         options = {
             "max_num_sequences": args.batch,
             "kv_cache_bytes": cache_bytes(checkpoint, args),
@@ -65,33 +65,40 @@ def engines(checkpoint: Path, args: argparse.Namespace) -> dict[str, Engine]:
 def cache_bytes(checkpoint: Path, args: argparse.Namespace) -> int:
     """What the sequences fill, and the share that an engine keeps for online ones."""
     token = KVCache.block_bytes(ModelConfig.from_pretrained(checkpoint).text, 1, DTYPES[args.dtype])
-    return args.batch * (args.context + num_steps(args) + 2 * BLOCK_SIZE) * token * 8 // 7
+    return int(args.batch * (args.context + num_tokens(args) + 2 * BLOCK_SIZE) * token * 8 // 7)
 
 
-def num_steps(args: argparse.Namespace) -> int:
-    return WARM_UP_STEPS + args.repeats * args.steps + 1
+def num_tokens(args: argparse.Namespace) -> int:
+    """Enough for whole visits of the host, and for those that are started ahead."""
+    visits = WARM_UP_VISITS + args.repeats * -(-args.steps // STEPS) + 2
+    return int(visits * STEPS)
 
 
 def fill(engine: Engine, args: argparse.Namespace) -> Engine:
     generator = torch.Generator().manual_seed(0)
-    params = SamplingParams(max_new_tokens=num_steps(args) + 1, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=num_tokens(args), ignore_eos=True)
     highest = engine.config.image_token_id  # text tokens lie below
     for _ in range(args.batch):
         ids = torch.randint(highest, (args.context,), generator=generator).tolist()
         engine.add(ModelInput(ids, []), params)
     while len(engine.scheduler.running) < args.batch:
         engine.step()
-    for _ in range(WARM_UP_STEPS):
+    for _ in range(WARM_UP_VISITS):
         engine.step()
     return engine
 
 
 def step_seconds(engine: Engine, steps: int) -> float:
-    """Seconds of one step: each waits for its tokens, as in real work."""
-    start = time.perf_counter()
-    for _ in range(steps):
+    """Seconds of one step, in visits of the host that come to `steps` or more.
+
+    The device is idle at both ends: a visit that was started ahead before is made up for by the one behind.
+    """
+    device, before, sequences = engine.runner.device, engine.counters.generated_tokens, len(engine.scheduler.running)
+    start, done = now(device), 0
+    while done < steps * sequences:
         engine.step()
-    return (time.perf_counter() - start) / steps
+        done = engine.counters.generated_tokens - before
+    return (now(device) - start) * sequences / done
 
 
 def copy_bandwidth(device: torch.device, size: int, repeats: int) -> float:
@@ -133,7 +140,7 @@ def measure(checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
             times[side].append(step_seconds(sides[side], args.steps))
     cache = sides["graph"].runner.cache
     bandwidth = copy_bandwidth(cache.storage.device, args.copied_bytes, args.repeats)
-    half_way = args.batch * (args.context + num_steps(args) // 2)  # tokens
+    half_way = args.batch * (args.context + num_tokens(args) // 2)  # tokens
     limit_s = decode_bytes(sides["graph"].config, half_way, DTYPES[args.dtype]) / bandwidth
     layer_bytes = args.batch * args.context * cache.storage[0, 0, 0].nbytes
     kernels = {side: kernel_seconds(side, cache, args) for side in KERNELS}
@@ -170,7 +177,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128, help="sequences decoded together")
     parser.add_argument("--context", type=int, default=1200, help="tokens of each at the start")
     parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
-    parser.add_argument("--steps", type=int, default=20, help="steps in a row of one side")
+    parser.add_argument("--steps", type=int, default=24, help="steps in a row of one side")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--copied-bytes", type=int, default=COPIED_BYTES, help="size of the copy that sets the limit")
     parser.add_argument("--smoke", action="store_true", help="tiny model on a CPU: shows that it runs")

@@ -5,11 +5,17 @@ A decode step at 256M is some 500 small kernels, which take the host longer to l
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from smolvlm.attention import KVCache
 from smolvlm.engine.static_decode import StaticDecoder, Step
+from smolvlm.engine.static_encode import StaticEncoder
 from smolvlm.model import SmolVLM
+
+if TYPE_CHECKING:
+    from smolvlm.kernels.fused_model import FusedSmolVLM
 
 WARM_UPS = 2  # compile kernels, and let libraries take the workspaces that they must not ask for while recording
 
@@ -40,14 +46,15 @@ class GraphCapture:
         current.wait_stream(stream)
 
 
-def graph_decoder(model: SmolVLM, cache: KVCache, device: torch.device) -> StaticDecoder:
-    """Decoding by CUDA graphs around the fused attention kernel.
+def captured(model: SmolVLM, cache: KVCache, device: torch.device) -> tuple[FusedSmolVLM, StaticEncoder, StaticDecoder]:
+    """The model with fused kernels, and its encoder and its decode step as CUDA graphs.
 
     Raises:
         ImportError: Triton is missing.
-        ValueError: the kernel does not take this model's heads.
+        ValueError: the attention kernel does not take this model's heads.
     """
     try:
+        from smolvlm.kernels.fused_model import FusedSmolVLM
         from smolvlm.kernels.paged_decode import check_supported, fused_paged_decode
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "triton":
@@ -57,4 +64,6 @@ def graph_decoder(model: SmolVLM, cache: KVCache, device: torch.device) -> Stati
             "it, or pass decode='eager' to do without, more slowly"
         ) from error
     check_supported(cache)
-    return StaticDecoder(model, cache, device, fused_paged_decode, GraphCapture(device))
+    fused, capture = FusedSmolVLM(model), GraphCapture(device)
+    encoder = StaticEncoder(fused.encode_tiles, capture)
+    return fused, encoder, StaticDecoder(fused, cache, device, fused_paged_decode, capture)

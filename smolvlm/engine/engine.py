@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import abc
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from smolvlm.engine.block_manager import BlockManager
 from smolvlm.engine.prefix import BlockKeys, TileNames, by_content, by_identity
 from smolvlm.engine.runner import Chosen, DecodeMode, Runner
 from smolvlm.engine.scheduler import Decode, Encode, Prefill, Scheduler, Work
-from smolvlm.engine.sequence import BATCH, ONLINE, Completion, OnToken, Sequence
+from smolvlm.engine.sequence import BATCH, ONLINE, Completion, OnToken, Sequence, Token
 from smolvlm.engine.stats import Counters
 from smolvlm.hub import resolve_checkpoint
 from smolvlm.model import SmolVLM
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 BLOCK_SIZE = 16
 CPU_LIMITS = Limits(16, 2048, tile_batch=1, online_sequences=16, piece_tokens=512, piece_tiles=1)
-GPU_LIMITS = Limits(256, 16384, tile_batch=32, online_sequences=128, piece_tokens=4096, piece_tiles=8)
+GPU_LIMITS = Limits(256, 16384, tile_batch=64, online_sequences=128, piece_tokens=4096, piece_tiles=8)
 ONLINE_SHARE = 8  # one page in so many is kept for online sequences
 CPU_CACHE_BYTES = GIB * ONLINE_SHARE // (ONLINE_SHARE - 1)  # 1 GiB for batch work
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -97,12 +98,12 @@ class Engine:
             dtype: "float32", "bfloat16" or "float16".
             max_num_sequences: answers generated together, default 16 on a CPU, 256 elsewhere; 16 or 128 more if online.
             max_num_tokens: prompt tokens per prefill; default 2,048 on a CPU, 16,384 elsewhere.
-            tile_batch: tiles per encoder batch; default 1 on a CPU, 32 elsewhere.
+            tile_batch: tiles per encoder batch; default 1 on a CPU, 64 elsewhere.
             kv_cache_bytes: memory for keys and values, an eighth of it for online sequences alone once there are any;
                 default 8/7 GiB on a CPU, touched as needed, else most of what is free after loading.
             prefix_caching: compute equal beginnings of prompts once.
-            decode: "graph", the default on a GPU, replays CUDA graphs around an attention kernel written in Triton;
-                "eager", the default on a CPU, runs torch's own operators one by one.
+            decode: "graph", the default on a GPU, replays CUDA graphs around kernels written in Triton; "eager", the
+                default on a CPU, runs torch's own operators one by one.
             quantization: "int8" rounds the weights of all blocks to 8-bit integers, and their inputs as they come:
                 faster on a CPU without bfloat16 tiles (AMX), slightly less exact.
 
@@ -170,7 +171,8 @@ class Engine:
         self.counters.steps += 1
         work = self.scheduler.schedule()
         try:
-            return self._do(work)
+            with _current(self.runner.device):
+                return self._do(work)
         except torch.OutOfMemoryError:
             limit = None if work is None else self.scheduler.halve(work)
             if limit is None:
@@ -244,14 +246,21 @@ class Engine:
             raise type(error)(f"input {number}: {error}") from error
 
     def _finish(self, sequences: list[Sequence], chosen: Chosen) -> list[Sequence]:
-        self.counters.generated_tokens += len(chosen)
-        for sequence, token in zip(sequences, chosen, strict=True):
-            sequence.append(token.token_id, token.logprob, self._eos_token_ids)
-            sequence.deliver(token)
+        for sequence, tokens in zip(sequences, chosen, strict=True):
+            self._append(sequence, tokens)
         finished = [sequence for sequence in sequences if sequence.finish_reason is not None]
         if finished:
             self.scheduler.finish(finished)
         return finished
+
+    def _append(self, sequence: Sequence, tokens: list[Token]) -> None:
+        """Those behind the one that ends the answer are thrown away."""
+        for token in tokens:
+            self.counters.generated_tokens += 1
+            sequence.append(token.token_id, token.logprob, self._eos_token_ids)
+            sequence.deliver(token)
+            if sequence.finish_reason is not None:
+                return
 
 
 def _check_decode(decode: str | None, device: torch.device) -> None:
@@ -319,6 +328,11 @@ def _default_cache_bytes(device: torch.device) -> int:
         return CPU_CACHE_BYTES
     free, _ = torch.cuda.mem_get_info(device)
     return max(0, int(0.85 * free) - 2 * GIB)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels written in Triton run on the current device, whatever their tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _release_unused(device: torch.device) -> None:

@@ -1,29 +1,42 @@
 """Executes what the scheduler decided: turns sequences into tensors, runs the model, and gives back tokens.
 
-Everything between two tokens stays on the device; the host waits once per step, for the chosen tokens.
+Everything between two tokens stays on the device, and nothing is sent to a GPU in a way that waits for it: the host
+waits for chosen tokens alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from smolvlm.attention import KVCache, PackedPrefill, PagedDecode, PagedPrefill, paged_decode
+from smolvlm.attention import (
+    KVCache,
+    PackedPrefill,
+    PagedDecode,
+    PagedPrefill,
+    can_pack_sequences,
+    paged_decode,
+)
 from smolvlm.engine.chosen import Chosen as Chosen
 from smolvlm.engine.chosen import read_tokens
-from smolvlm.engine.cuda_graph import graph_decoder
+from smolvlm.engine.cuda_graph import captured
 from smolvlm.engine.images import TileSpan
 from smolvlm.engine.sequence import Sequence
 from smolvlm.engine.static_decode import StaticDecoder
-from smolvlm.engine.upload import upload_to
+from smolvlm.engine.static_encode import Encode
+from smolvlm.engine.upload import send, upload_to
 from smolvlm.model import SmolVLM
-from smolvlm.sampling import SamplingTensors, choose_tokens
+from smolvlm.sampling import SamplingTensors
 
-DecodeMode = Literal["eager", "graph"]  # operators of torch one by one, or CUDA graphs with a fused attention
+if TYPE_CHECKING:
+    from smolvlm.kernels.fused_model import FusedSmolVLM
+
+DecodeMode = Literal["eager", "graph"]  # operators of torch one by one, or CUDA graphs around fused kernels
 Part = tuple[Sequence, int, int]  # prompt[start:stop] of a sequence
 
 
@@ -50,19 +63,20 @@ class Runner:
     """Owns the model and its cache; knows nothing of queues. `decode` None is what suits the device."""
 
     def __init__(self, model: SmolVLM, cache: KVCache, device: torch.device, decode: DecodeMode | None = None) -> None:
-        self.model = model
+        self.model: SmolVLM | FusedSmolVLM = model
         self.cache = cache
         self.device = device
-        graphs = (decode or default_decode(device)) == "graph"
-        self.static: StaticDecoder | None = graph_decoder(model, cache, device) if graphs else None
+        self.static: StaticDecoder | None = None
+        self._encode: Encode = model.encode_tiles
+        if (decode or default_decode(device)) == "graph":
+            self.model, self._encode, self.static = captured(model, cache, device)
         self._upload = upload_to(device)
         self._batch: DecodeBatch | None = None
 
     @torch.inference_mode()
     def encode(self, spans: list[TileSpan]) -> None:
         """Encode the tiles of these spans in one batch and hand each image its part."""
-        pixels = self._upload([span.pixels for span in spans])
-        features = self.model.encode_tiles(pixels)  # [n, image_seq_len, H]
+        features = self._encode(self._upload([span.pixels for span in spans]))  # [n, image_seq_len, H]
         for span, part in zip(spans, features.split([span.stop - span.start for span in spans]), strict=True):
             span.image.store(span.start, part)
 
@@ -72,17 +86,19 @@ class Runner:
         parts = [(sequence, sequence.num_computed, sequence.num_scheduled) for sequence in sequences]
         tokens = np.concatenate([sequence.prompt_token_ids[start:stop] for sequence, start, stop in parts])
         attention = self._prefill_attention(parts)
-        last = torch.tensor(attention.lengths).cumsum(0) - 1
-        logits = self.model(self._embed(tokens, parts), attention, self._to_device(last))
+        last = np.cumsum(attention.lengths) - 1
+        logits = self.model(self._embed(tokens, parts), attention, self._send(last))
         ends = [row for row, (sequence, _, stop) in enumerate(parts) if stop == len(sequence.prompt_token_ids)]
         if not ends:
             return []
         complete = [sequences[row] for row in ends]
-        return self._choose(logits[ends] if len(ends) < len(parts) else logits, complete, self._sampling(complete))[1]
+        if len(ends) < len(parts):
+            logits = logits.index_select(0, self._send(np.array(ends)))
+        return self._choose(logits, complete, self._sampling(complete))[1]
 
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence]) -> Chosen:
-        """Choose the next token of each sequence."""
+        """Choose the next token of each sequence, or the next few (StaticDecoder)."""
         if self.static is not None:
             return self.static.decode(sequences)
         batch = self._batch
@@ -96,27 +112,32 @@ class Runner:
 
     def _prefill_attention(self, parts: list[Part]) -> PackedPrefill | PagedPrefill:
         lengths = tuple(stop - start for _, start, stop in parts)
-        positions = self._to_device(torch.cat([torch.arange(start, stop) for _, start, stop in parts]))
-        slots = self._to_device(torch.from_numpy(np.concatenate([self._slots(*part) for part in parts])))
+        positions = self._send(np.concatenate([np.arange(start, stop) for _, start, stop in parts]))
+        slots = self._send(np.concatenate([self._slots(*part) for part in parts]))
         if not any(start for _, start, _ in parts):
-            return PackedPrefill(lengths, positions, slots, self.cache)
+            return PackedPrefill(lengths, positions, slots, self.cache, self._starts(lengths))
         prefixes = tuple(self._prefix(*part) if part[1] else None for part in parts)
         return PagedPrefill(lengths, positions, slots, prefixes, self.cache)
+
+    def _starts(self, lengths: tuple[int, ...]) -> Tensor | None:
+        if not can_pack_sequences(self.device, self.cache.storage.dtype):
+            return None
+        return self._send(np.cumsum((0, *lengths), dtype=np.int32))
 
     def _prefix(self, sequence: Sequence, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Pages of prompt[:stop] and what prompt[start:stop] sees of them (PagedPrefill)."""
         pages = -(-stop // self.cache.block_size)
-        table = self._to_device(torch.tensor([sequence.block_table[:pages]]))
+        table = self._send(np.array([sequence.block_table[:pages]]))
         keys = torch.arange(pages * self.cache.block_size, device=self.device)
         return table, keys <= torch.arange(start, stop, device=self.device).unsqueeze(1)
 
     def _embed(self, token_ids: np.ndarray, parts: list[Part]) -> Tensor:
-        ids = self._to_device(torch.from_numpy(token_ids))
+        ids = self._send(token_ids)
         positions = np.flatnonzero(token_ids == self.model.config.image_token_id)
         if not len(positions):
             return self.model.embed(ids)
         features = torch.cat([each for part in parts for each in self._features(*part)])
-        return self.model.embed(ids, (self._to_device(torch.from_numpy(positions)), features))
+        return self.model.embed(ids, (self._send(positions), features))
 
     def _features(self, sequence: Sequence, start: int, stop: int) -> list[Tensor]:
         """Embeddings of the image tokens in prompt[start:stop].
@@ -142,9 +163,9 @@ class Runner:
         table = [sequence.block_table + [0] * (rows - len(sequence.block_table)) for sequence in sequences]
         return DecodeBatch(
             ids=[sequence.id for sequence in sequences],
-            tokens=self._to_device(torch.tensor([sequence.token_ids[-1] for sequence in sequences])),
-            positions=self._to_device(torch.tensor([sequence.num_tokens - 1 for sequence in sequences])),
-            block_table=self._to_device(torch.tensor(table)),
+            tokens=self._send(np.array([sequence.token_ids[-1] for sequence in sequences])),
+            positions=self._send(np.array([sequence.num_tokens - 1 for sequence in sequences])),
+            block_table=self._send(np.array(table)),
             sampling=self._sampling(sequences),
         )
 
@@ -156,10 +177,11 @@ class Runner:
     ) -> tuple[Tensor, Chosen]:
         uniform = None
         if sampling is not None:
-            uniform = self._to_device(torch.tensor([[sequence.random.random()] for sequence in sequences]))
-        tokens, logprobs = choose_tokens(logits, sampling, uniform)
+            numbers = np.array([[sequence.random.random()] for sequence in sequences], dtype=np.float32)
+            uniform = self._send(numbers)
+        tokens, logprobs = self.model.choose(logits, sampling, uniform)
         chosen = torch.stack([tokens.float(), logprobs])
         return tokens, read_tokens(chosen, logits, sequences, range(len(sequences)))
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device)
+    def _send(self, values: npt.NDArray[Any]) -> Tensor:
+        return send(values, self.device)

@@ -1,8 +1,9 @@
-"""Tiles from the host's memory to where they are encoded."""
+"""From the host's memory to the device's, without waiting for either, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,32 @@ from torch import Tensor
 
 Pixels = npt.NDArray[np.uint8]  # [n, S, S, 3]
 Upload = Callable[[list[Pixels]], Tensor]  # joins parts to one batch
+
+
+def send(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A copy on the device, in the order of its current stream; the host goes on at once.
+
+    From ordinary memory torch would wait until the device has done all that it was given.
+    """
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def fetch(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor, as it is now in the order of the stream, to the host; the result waits for the copy."""
+    if tensor.device.type != "cuda":
+        copy = tensor.clone()
+        return lambda: copy
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return wait
 
 
 def join(parts: list[Pixels]) -> Tensor:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 
 from smolvlm import Engine, SamplingParams
 from smolvlm.attention import paged_decode
-from smolvlm.engine.cuda_graph import graph_decoder
+from smolvlm.engine.cuda_graph import captured
 from smolvlm.engine.runner import default_decode
-from smolvlm.engine.sequence import Sequence, Token
-from smolvlm.engine.static_decode import DecodeAttention, StaticDecoder, Step, bucket_size
+from smolvlm.engine.sequence import ONLINE, Sequence, Token
+from smolvlm.engine.static_decode import ONLINE_STEPS, DecodeAttention, StaticDecoder, Step, bucket_size
 from smolvlm.image import Tiles
 from smolvlm.kernels.paged_decode import fused_paged_decode
 from smolvlm.processor import ModelInput
@@ -177,8 +178,9 @@ def test_a_sequence_keeps_its_row_and_padding_stays_where_it_is(
     make_engine: MakeEngine, inputs: list[ModelInput]
 ) -> None:
     engine = make_engine(max_num_sequences=4)
+    long = replace(GREEDY, max_new_tokens=64)
     decoder = _use_buckets(engine)
-    sequences = [engine.add(each, GREEDY) for each in inputs[:4]]
+    sequences = [engine.add(each, long) for each in inputs[:4]]
     while not all(sequence.token_ids for sequence in sequences):
         engine.step()
     engine.step()
@@ -190,17 +192,18 @@ def test_a_sequence_keeps_its_row_and_padding_stays_where_it_is(
     engine.step()
     assert bucket.seat(rest) == [rows[0], *rows[2:]]
     assert set(bucket.table[rows[1]].tolist()) == {engine.runner.cache.scratch}
-    assert bucket.cursor[1, rows].tolist() == _positions(sequences, aborted=1)
-    newcomer = engine.add(inputs[5], GREEDY)
+    ahead = decoder._ahead
+    assert ahead is not None
+    assert bucket.cursor[1, rows].tolist() == [
+        0 if sequence is sequences[1] else sequence.num_tokens - 1 + ahead.num_coming(sequence)
+        for sequence in sequences
+    ]
+    newcomer = engine.add(inputs[5], long)
     while len(newcomer.token_ids) < 2:
         engine.step()
     assert bucket.seat([*rest, newcomer]) == [rows[0], *rows[2:], rows[1]]
     for sequence in (*sequences, newcomer):
         engine.abort(sequence)
-
-
-def _positions(sequences: list[Sequence], aborted: int) -> list[int]:
-    return [0 if index == aborted else sequence.num_tokens - 1 for index, sequence in enumerate(sequences)]
 
 
 def test_the_fused_kernel_in_the_engine(
@@ -222,10 +225,10 @@ def test_graphs_are_the_default_on_a_gpu_alone() -> None:
 def test_a_missing_triton_is_named(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = make_engine().runner
     monkeypatch.setitem(sys.modules, "triton", None)
-    for name in ("paged_decode", "paged_decode_triton"):
-        monkeypatch.delitem(sys.modules, f"smolvlm.kernels.{name}")
+    for name in [name for name in sys.modules if name.startswith("smolvlm.kernels.")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"needs triton, .* install it, or pass decode='eager'"):
-        graph_decoder(runner.model, runner.cache, torch.device("cuda"))
+        captured(runner.model, runner.cache, torch.device("cuda"))
 
 
 def test_decode_modes_that_cannot_be_are_refused(tiny_checkpoint: Path) -> None:
@@ -233,3 +236,53 @@ def test_decode_modes_that_cannot_be_are_refused(tiny_checkpoint: Path) -> None:
         Engine.from_pretrained(tiny_checkpoint, decode="graph")
     with pytest.raises(ValueError, match="decode is 'fast'; it must be 'eager' or 'graph'"):
         Engine.from_pretrained(tiny_checkpoint, decode="fast")  # type: ignore[arg-type]
+
+
+def test_what_a_visit_chooses_behind_the_end_token_is_thrown_away(
+    static: Engine, inputs: list[ModelInput], expected: list[list[int]]
+) -> None:
+    """The end token comes in the middle of a visit, while the next one is under way; the others go on."""
+    end = expected[0][3]
+    length = expected[0].index(end) + 1
+    static._eos_token_ids = frozenset({end})
+    heard: list[Token] = []
+    stopping = static.prepare(inputs[0], replace(GREEDY, ignore_eos=False), on_token=heard.append)
+    static.enqueue(stopping)
+    other = static.add(inputs[1], GREEDY)
+    before = static.counters.generated_tokens
+    while static.has_unfinished:
+        static.step()
+    assert (stopping.finish_reason, stopping.token_ids) == ("stop", expected[0][:length])
+    assert [token.token_id for token in heard] == stopping.token_ids
+    assert other.token_ids == expected[1]
+    assert static.counters.generated_tokens - before == length + len(expected[1])
+
+
+def test_pages_of_the_aborted_go_to_others_while_a_visit_is_under_way(
+    make_engine: MakeEngine, inputs: list[ModelInput], expected: list[list[int]]
+) -> None:
+    """The visit still writes for the aborted one; whoever gets its pages next writes them anew."""
+    engine = make_engine(max_num_sequences=2)
+    decoder = _use_buckets(engine)
+    first, second = engine.add(inputs[0], GREEDY), engine.add(inputs[1], GREEDY)
+    while len(second.token_ids) < 2:
+        engine.step()
+    assert decoder._ahead is not None
+    assert decoder._ahead.num_coming(first) > 0
+    given_back = set(first.block_table)
+    engine.abort(first)
+    newcomer = engine.add(inputs[2], GREEDY)
+    engine.step()
+    assert given_back & set(newcomer.block_table)
+    while engine.has_unfinished:
+        engine.step()
+    assert [second.token_ids, newcomer.token_ids] == [expected[1], expected[2]]
+
+
+def test_online_answers_come_in_short_visits(static: Engine, inputs: list[ModelInput]) -> None:
+    sequence = static.add(inputs[3], GREEDY, priority=ONLINE)
+    counts = [0]
+    while static.has_unfinished:
+        static.step()
+        counts.append(len(sequence.token_ids))
+    assert max(b - a for a, b in pairwise(counts)) == ONLINE_STEPS
