@@ -22,6 +22,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks examples
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 cluster-check: $(INSTALLED)

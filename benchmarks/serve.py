@@ -39,13 +39,11 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # beside this file lies another `pipeline`
 
 import httpx2
 import ray
 from ray import serve
-
-from benchmarks.serving.load import (
+from serving.load import (
     AT_ONCE,
     POLL_S,
     Asking,
@@ -59,6 +57,7 @@ from benchmarks.serving.load import (
     photograph,
     stream,
 )
+
 from pipeline.endpoint.client import EngineStatus
 from pipeline.endpoint.options import EndpointOptions
 from pipeline.job import EngineOptions, ImageOptions, Job, Model, Output, Source, Task
