@@ -32,10 +32,11 @@ from smolvlm import Engine, SamplingParams
 from smolvlm.attention import KVCache, paged_decode
 from smolvlm.config import ModelConfig
 from smolvlm.engine.cuda_graph import GraphCapture
-from smolvlm.engine.engine import BLOCK_SIZE, DTYPES
+from smolvlm.engine.engine import BLOCK_SIZE
 from smolvlm.engine.runner import DecodeMode
 from smolvlm.engine.static_decode import STEPS, DecodeAttention, StaticDecoder
 from smolvlm.kernels.paged_decode import fused_paged_decode
+from smolvlm.precision import DTYPES
 from smolvlm.processor import ModelInput
 from smolvlm.scratch import SIZES, create_checkpoint
 

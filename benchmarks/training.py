@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jobs import documents
 from jobs.training_file import parse
+from smolvlm.precision import dtype_named
 from smolvlm.training.batches import WINDOW_STEPS, Window, collate
 from smolvlm.training.documents import DocumentGenerator
 from smolvlm.training.examples import NO_TARGET, DrawDocument, Example, ExampleMaker
@@ -135,7 +136,7 @@ def peer(plan: TrainingPlan, checkpoint: Path, batches: list[list[Example]], fol
         adam_beta2=optimizer.betas[1],
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,
-        bf16=plan.precision == "bfloat16",
+        bf16=_dtype(plan) == torch.bfloat16,
         use_cpu=plan.device == "cpu",
         logging_steps=1,
         save_strategy="no",
@@ -175,9 +176,13 @@ def measure(sides: list[Side], plan: TrainingPlan, rounds: int) -> list[float]:
     return peaks
 
 
+def _dtype(plan: TrainingPlan) -> torch.dtype:
+    return dtype_named(plan.precision, torch.device(plan.device))
+
+
 def gemm_flops_per_s(plan: TrainingPlan) -> float:
     """The best of some products of two square matrices, in the plan's precision."""
-    matrix = torch.randn(GEMM_SIDE, GEMM_SIDE, device=plan.device).to(getattr(torch, plan.precision))
+    matrix = torch.randn(GEMM_SIDE, GEMM_SIDE, device=plan.device).to(_dtype(plan))
     seconds = []
     for _ in range(GEMM_REPEATS):
         started = now(plan.device)
@@ -226,7 +231,11 @@ def report(sides: list[Side], plan: TrainingPlan, peaks: list[float], flops: flo
         "peak_tflops_min_max": [round(value / 1e12, 4) for value in (min(peaks), max(peaks))],
         "gflop_per_sample": round(flops / 1e9, 4),
         "parameters": sum(parameter.numel() for parameter in _parameters(plan)),
-        "setting": {"batch_size": stage.batch_size, "precision": plan.precision, "device": plan.device},
+        "setting": {
+            "batch_size": stage.batch_size,
+            "precision": str(_dtype(plan)).removeprefix("torch."),
+            "device": plan.device,
+        },
         "hardware": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "command": " ".join(["python", *sys.argv]),

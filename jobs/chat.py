@@ -38,7 +38,7 @@ def open_model(
         if api_key_file is not None:
             raise ConfigError("--api-key-file is the key of an endpoint; it needs --url")
         revision = DEFAULT_REVISION if model is None else revision
-        return LocalModel(model or DEFAULT_MODEL, revision, dtype or "bfloat16")
+        return LocalModel(model or DEFAULT_MODEL, revision, dtype or "auto")
     if (model, revision, dtype) != (None, None, None):
         raise ConfigError("--url talks to the endpoint's own model; leave out --model, --revision and --dtype")
     return RemoteModel(url, None if api_key_file is None else read_key(api_key_file))

@@ -181,7 +181,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first N.")] = None,
     prompt: Annotated[str, typer.Option(help="What the model is asked.")] = str(OCR["prompt"]),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = int(str(OCR["max_new_tokens"])),
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU where there is one.")] = None,
     endpoint_url: EndpointUrl = None,
     max_error_share: MaxErrorShare = 0.05,

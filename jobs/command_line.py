@@ -16,7 +16,9 @@ JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml")]
 Limit = Annotated[int | None, typer.Option(help="Take only the first N images of the source.")]
 ModelId = Annotated[str | None, typer.Option("--model", help="Checkpoint directory, hub id, or `bundled`.")]
 Revision = Annotated[str | None, typer.Option(help="Full commit id of the hub model.")]
-Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="auto (bfloat16 where the hardware has it), bfloat16, float16 or float32.")
+]
 EndpointUrl = Annotated[str | None, typer.Option(help="S3 endpoint for source and output, for stores other than AWS.")]
 Gpus = Annotated[
     float | None,

@@ -31,7 +31,7 @@ def report(evaluation: Evaluation, settings: Settings, source: Mapping[str, Any]
     reasons = Counter(reading.finish_reason for reading in readings)
     kinds = sorted({reading.kind for reading in readings if reading.kind})
     return {
-        "model": {**asdict(settings), "files": _file_digests(settings)},
+        "model": {**asdict(settings), "dtype": _computed_dtype(settings), "files": _file_digests(settings)},
         "source": {**source, "sha256": evaluation.digest},
         "documents": len(readings) + len(evaluation.errors),
         "errors": [asdict(error) for error in evaluation.errors],
@@ -101,6 +101,15 @@ def _percent(interval: Mapping[str, float]) -> str:
 
 def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
     return [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+
+
+def _computed_dtype(settings: Settings) -> str:
+    """What `auto` was on this device."""
+    import torch
+
+    from smolvlm.precision import dtype_named
+
+    return str(dtype_named(settings.dtype, torch.device(settings.device))).removeprefix("torch.")
 
 
 def _file_digests(settings: Settings) -> dict[str, str]:

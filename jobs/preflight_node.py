@@ -81,10 +81,12 @@ class Inspector:
 
         from smolvlm.hub import resolve_checkpoint
         from smolvlm.model import SmolVLM
+        from smolvlm.precision import dtype_named
 
         started = time.monotonic()
         directory = resolve_checkpoint(model.id, model.revision)
-        SmolVLM.from_pretrained(directory, device=torch.device(device), dtype=getattr(torch, model.dtype))
+        place = torch.device(device)
+        SmolVLM.from_pretrained(directory, place, dtype_named(model.dtype, place))
         return time.monotonic() - started
 
 

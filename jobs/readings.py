@@ -33,7 +33,7 @@ class Settings:
 
     model: str
     revision: str | None = None
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     device: str = "cpu"
     prompt: str = "Transcribe all text."
     max_new_tokens: int = 1024

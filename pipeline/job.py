@@ -42,7 +42,8 @@ class Model:
 
     id: str
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What engines compute in; `auto` is bfloat16 where their hardware multiplies it, else float32."""
     quantization: Literal["int8"] | None = None
     """Round the weights of all blocks to 8-bit integers: faster on CPUs without bfloat16 tiles (AMX), slightly less
     exact. It needs a CPU with AVX2 and a C++ compiler where the engine runs."""

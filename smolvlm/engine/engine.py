@@ -25,6 +25,7 @@ from smolvlm.engine.stats import Counters
 from smolvlm.hub import resolve_checkpoint
 from smolvlm.model import SmolVLM
 from smolvlm.packed import can_pack, pack_linears
+from smolvlm.precision import dtype_named
 from smolvlm.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ CPU_LIMITS = Limits(16, 2048, tile_batch=1, online_sequences=16, piece_tokens=51
 GPU_LIMITS = Limits(256, 16384, tile_batch=64, online_sequences=128, piece_tokens=4096, piece_tiles=8)
 ONLINE_SHARE = 8  # one page in so many is kept for online sequences
 CPU_CACHE_BYTES = GIB * ONLINE_SHARE // (ONLINE_SHARE - 1)  # 1 GiB for batch work
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class PromptTooLong(ValueError):
@@ -95,7 +95,8 @@ class Engine:
         Args:
             path: directory, or hub id together with `revision`.
             device: "cpu", "cuda" or "cuda:N". Threads on a CPU are the caller's choice (torch.set_num_threads).
-            dtype: "float32", "bfloat16" or "float16".
+            dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the device multiplies it in hardware,
+                else float32.
             max_num_sequences: answers generated together, default 16 on a CPU, 256 elsewhere; 16 or 128 more if online.
             max_num_tokens: prompt tokens per prefill; default 2,048 on a CPU, 16,384 elsewhere.
             tile_batch: tiles per encoder batch; default 1 on a CPU, 64 elsewhere.
@@ -111,9 +112,8 @@ class Engine:
             ValueError: an argument is out of range, or the checkpoint is not one that this model can load.
             ImportError: `decode` is "graph" and Triton is not installed.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-        place, kind = torch.device(device), DTYPES[dtype]
+        place = torch.device(device)
+        kind = dtype_named(dtype, place)
         _check_decode(decode, place)
         check_quantization(quantization, place, kind)
         given = {"max_num_sequences": max_num_sequences, "max_num_tokens": max_num_tokens, "tile_batch": tile_batch}

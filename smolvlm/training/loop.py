@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
 from smolvlm.model import SmolVLM
+from smolvlm.precision import dtype_named
 from smolvlm.training.batches import Batch, Share, Windows, steps
 from smolvlm.training.checkpoint import head_state, load_state, save_checkpoint, save_model, step_of
 from smolvlm.training.objective import Objective, loss_sizes
@@ -56,6 +57,7 @@ class Trainer:
     def __init__(self, plan: TrainingPlan, directory: Path, process: Process = ALONE) -> None:
         torch.manual_seed(plan.seed)
         self.plan, self.process, self.device = plan, process, torch.device(plan.device)
+        self.is_bfloat16 = dtype_named(plan.precision, self.device) == torch.bfloat16
         self.files_from = directory
         self.model = SmolVLM.from_pretrained(directory, self.device).train()
         self.objective = Objective(self.model).to(self.device)
@@ -124,7 +126,7 @@ class Trainer:
         self, stage: Stage, batch: Batch, size: dict[str, float], whole: dict[str, float]
     ) -> dict[str, float]:
         """Add a micro-batch's gradients and give its part of each loss."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision == "bfloat16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bfloat16):
             losses: dict[str, Tensor] = self._wrapped(batch.to(self.device), stage.losses)
         share = {name: size[name] / whole[name] for name in losses}
         total = sum(

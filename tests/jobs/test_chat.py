@@ -344,4 +344,4 @@ def test_the_default_model_is_that_of_the_other_commands(monkeypatch: pytest.Mon
     open_model("some/other", "0" * 40, "float32", None, None)
     from jobs.shortcuts import DEFAULT_MODEL, DEFAULT_REVISION
 
-    assert loaded == [(DEFAULT_MODEL, DEFAULT_REVISION, "bfloat16"), ("some/other", "0" * 40, "float32")]
+    assert loaded == [(DEFAULT_MODEL, DEFAULT_REVISION, "auto"), ("some/other", "0" * 40, "float32")]

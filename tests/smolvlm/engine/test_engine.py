@@ -296,7 +296,7 @@ def test_an_interrupted_call_takes_its_sequences_back(
 
 
 def test_bad_options_are_named(tiny_checkpoint: Path, make_engine: MakeEngine) -> None:
-    with pytest.raises(ValueError, match="dtype is 'int8'; it must be one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="dtype is 'int8'; it must be one of auto, float32, bfloat16, float16"):
         Engine.from_pretrained(tiny_checkpoint, dtype="int8")
     with pytest.raises(ValueError, match="kv_cache_bytes is 10; one block of 16 tokens takes"):
         make_engine(kv_cache_bytes=10)

@@ -105,6 +105,18 @@ def test_bfloat16_stays_near_float32(plan_of: Any, make: ExampleMaker) -> None:
     assert losses[0] != losses[1]
 
 
+@pytest.mark.parametrize("found", [True, False])
+def test_auto_is_the_precision_of_the_hardware(
+    plan_of: Any, make: ExampleMaker, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smolvlm.precision.multiplies_bfloat16", lambda device: found)
+    losses = [
+        train(trainer_of(plan_of(precision=precision, steps=1)), make)[0].losses
+        for precision in ("auto", "bfloat16" if found else "float32")
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_recomputing_activations_changes_no_gradient(plan_of: Any, make: ExampleMaker) -> None:
     trainers = [trainer_of(plan_of(checkpoint_activations=value)) for value in (False, True)]
     batch = training_pair.Halves(make, None)._step(0)[0]
