@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check cluster-check format install clean
+.PHONY: demo test check cluster-check gpu-check format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/smolvlm demo
@@ -27,6 +27,12 @@ check: $(INSTALLED)
 
 cluster-check: $(INSTALLED)
 	$(BIN)/python -m pytest tests/cluster tests/jobs/test_plan.py tests/jobs/test_submit.py
+
+# On a machine with a GPU: kernels and graphs against torch's operators, then both beside transformers and the limit.
+gpu-check: $(INSTALLED)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/smolvlm/kernels tests/smolvlm/engine/test_cuda_graph.py
+	$(BIN)/python benchmarks/decode.py --size 256m --batch 128 --context 1200
+	$(BIN)/python benchmarks/engine.py --device cuda --dtype bfloat16 --size 256m --tiles 13 --tokens 64 --batch 128
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
