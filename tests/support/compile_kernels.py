@@ -11,6 +11,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from smolvlm.kernels.fused_triton import gate_kernel, likeliest_kernel, norm_kernel, patches_kernel, rotate_kernel
 from smolvlm.kernels.paged_decode import NUM_STAGES, TILE
 from smolvlm.kernels.paged_decode_triton import attend_kernel, join_kernel
 
@@ -35,6 +36,24 @@ def join(splits: int, capability: int) -> dict[str, Any]:
     return _compiled(join_kernel, types, {"HEAD_DIM": 64, "SPLITS": splits}, capability)
 
 
+def fused(capability: int) -> list[dict[str, Any]]:
+    """All of smolvlm.kernels.fused, at 256M."""
+    half = dict.fromkeys(("hidden_ptr", "delta_ptr", "weight_ptr", "bias_ptr", "out_ptr"), "*bf16")
+    heads = {"heads_ptr": "*bf16", "positions_ptr": "*i64", "cos_ptr": "*bf16", "sin_ptr": "*bf16", "row_stride": "i32"}
+    chosen = {"logits_ptr": "*bf16", "tokens_ptr": "*i64", "logprobs_ptr": "*fp32"}
+    pixels = {"pixels_ptr": "*u8", "mean_ptr": "*fp32", "std_ptr": "*fp32", "out_ptr": "*bf16"}
+    patch = {"SIDE": 512, "CHANNELS": 3, "PATCH": 16, "GRID": 32, "BLOCK": 1024}
+    launches: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
+        (norm_kernel, half | {"eps": "fp32"}, {"SIZE": 768, "BLOCK": 1024, "ADDS": True, "CENTRES": True}),
+        (norm_kernel, half | {"eps": "fp32"}, {"SIZE": 576, "BLOCK": 1024, "ADDS": False, "CENTRES": False}),
+        (rotate_kernel, heads, {"HEADS": 12, "ROWS": 16, "HEAD_DIM": 64}),
+        (gate_kernel, {"gate_up_ptr": "*bf16", "out_ptr": "*bf16"}, {"SIZE": 1536, "BLOCK": 1024}),
+        (likeliest_kernel, chosen, {"SIZE": 49280, "BLOCK": 4096}),
+        (patches_kernel, pixels, patch),
+    ]
+    return [_compiled(kernel, types, constants, capability) for kernel, types, constants in launches]
+
+
 def _compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> dict[str, Any]:
     """Pointers and strides are multiples of 16 elements or bytes, as those of the engine's tensors are."""
     signature = types | dict.fromkeys(constants, "constexpr")
@@ -56,4 +75,4 @@ def _compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], cap
 
 if __name__ == "__main__":
     built = [attend("256m", "bf16", 1, 90), attend("2.2b", "bf16", 4, 80), attend("256m", "fp32", 1, 90), join(4, 90)]
-    print(json.dumps(built))
+    print(json.dumps([*built, *fused(80), *fused(90)]))

@@ -15,7 +15,8 @@ def test_kernels_compile_to_binaries_that_use_the_hardware(tmp_path: Path) -> No
     done = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     built = json.loads(done.stdout.splitlines()[-1])
-    assert [each["kernel"] for each in built] == ["attend_kernel"] * 3 + ["join_kernel"]
+    fused = ["norm_kernel", "norm_kernel", "rotate_kernel", "gate_kernel", "likeliest_kernel", "patches_kernel"]
+    assert [each["kernel"] for each in built] == ["attend_kernel"] * 3 + ["join_kernel"] + fused * 2
     for each in built:
         assert each["binary_bytes"] > 0
         assert each["shared_bytes"] <= SMALLEST_SHARED_BYTES
