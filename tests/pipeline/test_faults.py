@@ -150,7 +150,10 @@ def test_driver_killed_at_twelve_moments_then_resumed(driver: Driver, expected: 
 
 
 def test_workers_killed_at_random(driver: Driver, expected: dict[str, str]) -> None:
+    """An image that was alone in its engine at two of the deaths counts as their cause, here wrongly: the kills do not
+    look whom they meet."""
     rng = random.Random(0)
+    dead_engines = 0
     process = driver.start(delay_s=0.05)
     for _ in range(6):
         goal = driver.num_answers + 40
@@ -158,10 +161,15 @@ def test_workers_killed_at_random(driver: Driver, expected: dict[str, str]) -> N
         wait_for(lambda goal=goal: driver.num_answers >= goal, process)  # type: ignore[misc]
         assert process.poll() is None, "the run ended before its workers were killed"
         with suppress(psutil.NoSuchProcess):  # a pool may have put it away just now
-            rng.choice(workers()).kill()
+            victim = rng.choice(workers())
+            dead_engines += "GenerateWorker" in "".join(victim.cmdline())
+            victim.kill()
     driver.allow(UNLIMITED)
     assert driver.outcome(process) == {"rows": NUM_IMAGES, "resumed": 0}
-    assert texts(driver.output) == expected
+    found = texts(driver.output)
+    blamed = {uri for uri, text in found.items() if text == "engine_died"}
+    assert len(blamed) <= dead_engines // 2
+    assert found == expected | dict.fromkeys(blamed, "engine_died")
 
 
 def workers() -> list[psutil.Process]:
