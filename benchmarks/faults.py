@@ -37,14 +37,11 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
+from measuring.stand_ins import use_stand_ins
 from PIL import Image
 from rich.console import Console
 
-SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
-sys.path.append(str(SUPPORT))  # the stand-in engine lives with the tests
-os.environ["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+use_stand_ins()
 
 import ray
 from faulting.meter import Meter, Strike, timeline, watching

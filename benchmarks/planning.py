@@ -29,15 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring.stand_ins import use_stand_ins
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
-sys.path.append(str(SUPPORT))  # the stand-ins live with the tests
-os.environ["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+use_stand_ins()
 # The synthetic store takes any.
 os.environ |= {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
 

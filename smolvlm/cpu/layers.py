@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from smolvlm.attention import Attention
+from smolvlm.cpu.attention import DTYPES
 from smolvlm.cpu.linear import BLOCK, VECTOR, Int8Linear, NativeNorm, has_int8, interleaved, product, tail
 from smolvlm.dense_attention import dense_attention
 from smolvlm.text import TextLayer
 from smolvlm.vision import VisionLayer
 
-DTYPES = (torch.float32, torch.bfloat16)
 HEAD_DIM = BLOCK  # a block of columns is a head, turned where it is computed
 
 
