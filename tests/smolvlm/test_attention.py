@@ -77,7 +77,7 @@ def test_a_prefill_behind_cached_pages_equals_attention_over_the_whole_prompt(st
     kv = [_random(length, 2, KV_HEADS, HEAD_DIM, seed=length) for length in lengths]
     queries = [_random(length, HEADS, HEAD_DIM, seed=10 + length) for length in lengths]
     before = [(each[:start], table) for each, table, start in zip(kv, tables, starts, strict=True) if start]
-    _prefill(cache, 1, *(list(column) for column in zip(*before, strict=True)))  # type: ignore[arg-type]
+    _prefill(cache, 1, *(list(column) for column in zip(*before, strict=True)))
     attention = _behind(cache, tables, starts, lengths)
     fresh = [torch.cat([each[start:] for each, start in zip(rows, starts, strict=True)]) for rows in (queries, kv)]
     parts = zip(queries, kv, starts, strict=True)

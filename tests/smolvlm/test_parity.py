@@ -18,6 +18,7 @@ from transformers import Idefics3ForConditionalGeneration
 from smolvlm import Engine, Processor, SamplingParams
 from smolvlm.attention import packed_prefill
 from smolvlm.image import Tiles
+from smolvlm.model import SmolVLM
 from smolvlm.processor import ModelInput
 from smolvlm.scratch import create_checkpoint
 
@@ -153,6 +154,7 @@ def _logits(pair: Pair, model_input: ModelInput, answer: list[int], keep: int) -
 
 def test_encoder_and_connector_equal_the_reference(pair: Pair) -> None:
     model, reference = pair.engine.runner.model, pair.reference.model
+    assert isinstance(model, SmolVLM)
     positions: list[Tensor] = []
     embedding = reference.vision_model.embeddings.position_embedding
     hook = embedding.register_forward_pre_hook(lambda _, arguments: positions.append(arguments[0]))

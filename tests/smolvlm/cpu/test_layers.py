@@ -57,7 +57,8 @@ def logits(model: SmolVLM, model_input: ModelInput, answer: list[int]) -> Tensor
     places = (ids == model.config.image_token_id).nonzero().squeeze(1)
     features = model.encode_tiles(torch.from_numpy(model_input.tiles[0].pixels)).flatten(0, 1)
     hidden = model.embed(ids, (places, features))
-    return model(hidden, packed_prefill((len(ids),), CPU), torch.arange(len(prompt) - 1, len(ids) - 1)).float()
+    computed: Tensor = model(hidden, packed_prefill((len(ids),), CPU), torch.arange(len(prompt) - 1, len(ids) - 1))
+    return computed.float()
 
 
 @needs_int8

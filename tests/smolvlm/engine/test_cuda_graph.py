@@ -1,25 +1,20 @@
 """Captured decoding on a GPU: TRITON_INTERPRET=0 python -m pytest tests/smolvlm/engine/test_cuda_graph.py"""
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from fixture_types import MakeEngine, MakeInput, MakeTiles
 
-from smolvlm import Engine, SamplingParams
+from smolvlm import SamplingParams
 from smolvlm.engine.cuda_graph import GraphCapture
-from smolvlm.image import Tiles
 from smolvlm.processor import ModelInput
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1",
     reason="needs a CUDA device, and TRITON_INTERPRET=0",
 )
-
-MakeTiles = Callable[..., Tiles]
-MakeInput = Callable[..., ModelInput]
-MakeEngine = Callable[..., Engine]
 
 GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)
 

@@ -1,12 +1,13 @@
 """The engine on the tiny checkpoint: joining, leaving and sharing change nothing in the answers."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fixture_types import MakeEngine, MakeInput, MakeTiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,23 +16,10 @@ from smolvlm.engine import Completion, PromptTooLong
 from smolvlm.engine.images import TileSpan
 from smolvlm.engine.sequence import Sequence
 from smolvlm.image import Tiles
+from smolvlm.model import SmolVLM
 from smolvlm.processor import ModelInput
 
-MakeTiles = Callable[..., Tiles]
-MakeInput = Callable[..., ModelInput]
-MakeEngine = Callable[..., Engine]
-
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
-
-
-@pytest.fixture
-def engine(make_engine: MakeEngine) -> Iterator[Engine]:
-    """An engine that must have given everything back at the end."""
-    engine = make_engine(max_num_sequences=4)
-    yield engine
-    assert not engine.has_unfinished
-    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
-    assert len(engine.scheduler.images) == 0
 
 
 @pytest.fixture
@@ -130,6 +118,7 @@ def test_an_end_token_stops(engine: Engine, inputs: list[ModelInput]) -> None:
 def test_a_loop_is_ended_as_repetition(make_engine: MakeEngine, inputs: list[ModelInput]) -> None:
     """A final norm of zeros makes all logits equal: the first token for ever."""
     engine = make_engine()
+    assert isinstance(engine.runner.model, SmolVLM)
     engine.runner.model.text.norm.weight.zero_()
     params = SamplingParams(max_new_tokens=300, repetition_window=60)
     done = engine.generate(inputs[:1], params)[0]

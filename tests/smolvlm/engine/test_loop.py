@@ -1,39 +1,18 @@
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from functools import partial
 
 import pytest
+from fixture_types import MakeEngine, MakeInput, MakeTiles
 
 from smolvlm import Engine, SamplingParams
 from smolvlm.engine import Completion, EngineDied, EngineLoop, PromptTooLong
 from smolvlm.engine.sequence import Sequence
-from smolvlm.image import Tiles
 from smolvlm.processor import ModelInput
-
-MakeTiles = Callable[..., Tiles]
-MakeInput = Callable[..., ModelInput]
-MakeEngine = Callable[..., Engine]
 
 GREEDY = SamplingParams(max_new_tokens=8, ignore_eos=True)
 LONG = SamplingParams(max_new_tokens=1900, ignore_eos=True)
-
-
-@pytest.fixture
-def engine(make_engine: MakeEngine) -> Engine:
-    return make_engine(max_num_sequences=4)
-
-
-@pytest.fixture
-def loop(engine: Engine) -> Iterator[EngineLoop]:
-    with EngineLoop(engine) as loop:
-        yield loop
-    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
-
-
-@pytest.fixture
-def question(make_input: MakeInput, make_tiles: MakeTiles) -> ModelInput:
-    return make_input(make_tiles(seed=1))
 
 
 def _break(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
@@ -87,8 +66,9 @@ def test_cancelling_a_future_aborts_its_sequence(loop: EngineLoop, engine: Engin
 
 
 def test_a_failed_step_fails_every_future_and_every_later_submit(
-    engine: Engine, question: ModelInput, monkeypatch: pytest.MonkeyPatch
+    make_engine: MakeEngine, question: ModelInput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    engine = make_engine(max_num_sequences=4)
     ready = _break(engine, monkeypatch)
     loop = EngineLoop(engine)
     futures = [loop.submit(question, GREEDY) for _ in range(6)]
@@ -155,12 +135,21 @@ def test_higher_priority_overtakes(
     order, entered, gate = list[int](), threading.Event(), threading.Event()
     engine = make_engine(max_num_sequences=1)
     step = engine.step
-    monkeypatch.setattr(engine, "step", lambda: (entered.set(), gate.wait(30), step())[2])
+
+    def held() -> list[Sequence]:
+        entered.set()
+        gate.wait(30)
+        return step()
+
+    monkeypatch.setattr(engine, "step", held)
     with EngineLoop(engine) as loop:
         loop.submit(question, GREEDY)
         entered.wait(30)  # the engine is at this one, so that the next three come to it together
         for priority in (0, 1, 2):
-            future = loop.submit(question, GREEDY, priority)
-            future.add_done_callback(lambda _, priority=priority: order.append(priority))  # type: ignore[misc]
+            loop.submit(question, GREEDY, priority).add_done_callback(partial(_note, order, priority))
         gate.set()
     assert order == [2, 1, 0]
+
+
+def _note(order: list[int], priority: int, _: Future[Completion]) -> None:
+    order.append(priority)

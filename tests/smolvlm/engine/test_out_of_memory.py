@@ -1,22 +1,18 @@
 """A device that runs out of memory: half as much at once, the same answers."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from fixture_types import MakeEngine, MakeInput, MakeTiles
 
 from smolvlm import Engine, SamplingParams
 from smolvlm.engine.images import TileSpan
 from smolvlm.engine.runner import Chosen, Runner
 from smolvlm.engine.sequence import ONLINE, Sequence
-from smolvlm.image import Tiles
+from smolvlm.model import SmolVLM
 from smolvlm.processor import ModelInput
-
-MakeTiles = Callable[..., Tiles]
-MakeInput = Callable[..., ModelInput]
-MakeEngine = Callable[..., Engine]
 
 GREEDY = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
@@ -41,6 +37,7 @@ class SmallDevice(Runner):
 
 
 def _small(engine: Engine, max_tiles: int = 10**9, max_tokens: int = 10**9) -> Engine:
+    assert isinstance(engine.runner.model, SmolVLM)
     runner = SmallDevice(engine.runner.model, engine.runner.cache, engine.runner.device)
     runner.max_tiles, runner.max_tokens = max_tiles, max_tokens
     engine.runner = runner

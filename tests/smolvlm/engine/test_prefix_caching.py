@@ -1,10 +1,10 @@
 """Prompts that begin alike share pages: less work, the same answers."""
 
 import itertools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
+from fixture_types import MakeEngine, MakeInput, MakeTiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,12 +13,7 @@ from smolvlm.engine import BATCH, ONLINE
 from smolvlm.engine.images import TileSpan
 from smolvlm.engine.runner import Chosen
 from smolvlm.engine.sequence import Sequence
-from smolvlm.image import Tiles
 from smolvlm.processor import ModelInput
-
-MakeTiles = Callable[..., Tiles]
-MakeInput = Callable[..., ModelInput]
-MakeEngine = Callable[..., Engine]
 
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 BLOCK = 16
@@ -30,15 +25,6 @@ class Work:
 
     tiles: int = 0
     prompt_tokens: int = 0
-
-
-@pytest.fixture
-def engine(make_engine: MakeEngine) -> Iterator[Engine]:
-    engine = make_engine(max_num_sequences=4)
-    yield engine
-    assert not engine.has_unfinished
-    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
-    assert len(engine.scheduler.images) == 0
 
 
 @pytest.fixture
@@ -71,8 +57,8 @@ def _answer(engine: Engine, model_input: ModelInput, priority: int = ONLINE, len
     return sequence
 
 
-def _alone(plain: Engine, model_input: ModelInput, length: int = 12) -> list[int]:
-    return plain.generate([model_input], replace(GREEDY, max_new_tokens=length))[0].token_ids
+def _alone(plain: Engine, model_input: ModelInput) -> list[int]:
+    return plain.generate([model_input], GREEDY)[0].token_ids
 
 
 @pytest.mark.parametrize("over", [0, 1, 7])

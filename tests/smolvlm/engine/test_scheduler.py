@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from smolvlm.engine import ONLINE
-from smolvlm.engine.admission import PATIENCE
+from smolvlm.engine.admission import PATIENCE, Limits
 from smolvlm.engine.block_manager import BlockManager
-from smolvlm.engine.scheduler import Decode, Encode, Limits, Prefill, Scheduler
+from smolvlm.engine.scheduler import Decode, Encode, Prefill, Scheduler
 from smolvlm.engine.sequence import Sequence, Status
 from smolvlm.image import Tiles
 from smolvlm.sampling import SamplingParams

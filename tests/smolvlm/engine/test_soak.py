@@ -7,23 +7,18 @@ import gc
 import os
 import random
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from fixture_types import MakeEngine, MakeInput, MakeTiles
 
-from smolvlm import Engine, SamplingParams
+from smolvlm import SamplingParams
 from smolvlm.engine import BATCH, ONLINE, Completion, EngineLoop, Token
 from smolvlm.engine.block_manager import BlockManager
 from smolvlm.engine.sequence import Sequence
-from smolvlm.image import Tiles
 from smolvlm.processor import ModelInput
-
-MakeTiles = Callable[..., Tiles]
-MakeInput = Callable[..., ModelInput]
-MakeEngine = Callable[..., Engine]
 
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 NUM_ROUNDS, NUM_CLIENTS = 4, 4

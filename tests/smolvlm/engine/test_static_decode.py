@@ -1,13 +1,14 @@
 """Decoding in buckets of static buffers, on a CPU: the same answers as the plain path, whoever joins and leaves."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from fixture_types import MakeEngine, MakeInput, MakeTiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,13 +18,9 @@ from smolvlm.engine.cuda_graph import captured
 from smolvlm.engine.runner import default_decode
 from smolvlm.engine.sequence import ONLINE, Sequence, Token
 from smolvlm.engine.static_decode import ONLINE_STEPS, DecodeAttention, StaticDecoder, Step, bucket_size
-from smolvlm.image import Tiles
 from smolvlm.kernels.paged_decode import fused_paged_decode
+from smolvlm.model import SmolVLM
 from smolvlm.processor import ModelInput
-
-MakeTiles = Callable[..., Tiles]
-MakeInput = Callable[..., ModelInput]
-MakeEngine = Callable[..., Engine]
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
@@ -58,12 +55,8 @@ def inputs(make_input: MakeInput, make_tiles: MakeTiles) -> list[ModelInput]:
         make_input(image, text="Read."),
         make_input(image),
         make_input(make_tiles(seed=2)),
-        *map(_text(make_input), texts),
+        *(make_input(text=text) for text in texts),
     ]
-
-
-def _text(make_input: MakeInput) -> Callable[[str], ModelInput]:
-    return lambda text: make_input(text=text)
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +217,7 @@ def test_graphs_are_the_default_on_a_gpu_alone() -> None:
 
 def test_a_missing_triton_is_named(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = make_engine().runner
+    assert isinstance(runner.model, SmolVLM)
     monkeypatch.setitem(sys.modules, "triton", None)
     for name in [name for name in sys.modules if name.startswith("smolvlm.kernels.")]:
         monkeypatch.delitem(sys.modules, name)

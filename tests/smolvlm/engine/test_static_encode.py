@@ -1,19 +1,12 @@
 """The encoder over static buffers, on a CPU: a capture that gives the step back as it is."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from fixture_types import MakeEngine, MakeInput, MakeTiles
 
-from smolvlm import Engine, SamplingParams
+from smolvlm import SamplingParams
 from smolvlm.engine.static_decode import Step
 from smolvlm.engine.static_encode import StaticEncoder, bucket_tiles
-from smolvlm.image import Tiles
-from smolvlm.processor import ModelInput
-
-MakeTiles = Callable[..., Tiles]
-MakeInput = Callable[..., ModelInput]
-MakeEngine = Callable[..., Engine]
 
 GREEDY = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
@@ -37,7 +30,12 @@ def test_buckets_are_powers_of_two_then_multiples_of_8() -> None:
 @pytest.mark.parametrize("counts", [(3, 1, 4, 2), (9, 5, 16)])
 def test_features_are_those_of_the_tiles_alone(counts: tuple[int, ...]) -> None:
     recorded: list[Step] = []
-    encoder = StaticEncoder(_mean, lambda step: recorded.append(step) or _warm_up(step))  # type: ignore[func-returns-value]
+
+    def record(step: Step) -> Step:
+        recorded.append(step)
+        return _warm_up(step)
+
+    encoder = StaticEncoder(_mean, record)
     generator = torch.Generator().manual_seed(0)
     for count in counts * 2:
         pixels = torch.randint(0, 256, (count, 8, 8, 3), generator=generator, dtype=torch.uint8)

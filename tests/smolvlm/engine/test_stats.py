@@ -1,14 +1,10 @@
-from collections.abc import Callable
-
 import pytest
+from fixture_types import MakeEngine, MakeInput
 
-from smolvlm import Engine, SamplingParams
+from smolvlm import SamplingParams
 from smolvlm.engine import BATCH, ONLINE, ClassStats, EngineDied, EngineLoop
 from smolvlm.engine.stats import snapshot
 from smolvlm.processor import ModelInput
-
-MakeInput = Callable[..., ModelInput]
-MakeEngine = Callable[..., Engine]
 
 GREEDY = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
@@ -45,10 +41,8 @@ def test_a_broken_loop_is_not_alive(
 ) -> None:
     engine = make_engine()
     loop = EngineLoop(engine)
-    assert loop.is_alive
-    assert loop.stats().alive
+    assert (loop.is_alive, loop.stats().alive) == (True, True)
     monkeypatch.setattr(engine, "step", lambda: 1 / 0)
     with pytest.raises(EngineDied):
         loop.submit(question, GREEDY).result(30)
-    assert not loop.is_alive
-    assert not loop.stats().alive
+    assert (loop.is_alive, loop.stats().alive) == (False, False)

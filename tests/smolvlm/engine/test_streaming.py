@@ -1,42 +1,20 @@
 """Tokens as they come out: order, log-probabilities, and listeners that fail or leave."""
 
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 
 import pytest
 import torch
+from fixture_types import MakeInput
 
 from smolvlm import Engine, SamplingParams
 from smolvlm.attention import packed_prefill
 from smolvlm.engine import Completion, EngineLoop, Token
-from smolvlm.image import Tiles
 from smolvlm.processor import ModelInput
-
-MakeTiles = Callable[..., Tiles]
-MakeInput = Callable[..., ModelInput]
-MakeEngine = Callable[..., Engine]
 
 GREEDY = SamplingParams(max_new_tokens=8, ignore_eos=True)
 LONG = SamplingParams(max_new_tokens=1900, ignore_eos=True)
-
-
-@pytest.fixture
-def engine(make_engine: MakeEngine) -> Engine:
-    return make_engine(max_num_sequences=4)
-
-
-@pytest.fixture
-def loop(engine: Engine) -> Iterator[EngineLoop]:
-    with EngineLoop(engine) as loop:
-        yield loop
-    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
-
-
-@pytest.fixture
-def question(make_input: MakeInput, make_tiles: MakeTiles) -> ModelInput:
-    return make_input(make_tiles(seed=1))
 
 
 def test_tokens_come_in_order_on_the_engine_thread_before_the_answer(loop: EngineLoop, question: ModelInput) -> None:

@@ -1,10 +1,12 @@
 """One tiny fresh checkpoint, the plan around it, and batches of pictures of words."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from fixture_types import MakePlan
 
 from smolvlm.scratch import Shape, TextShape, VisionShape
 from smolvlm.training.examples import ExampleMaker
@@ -35,29 +37,25 @@ def make(fresh: Path) -> ExampleMaker:
     return ExampleMaker(fresh, "Read.")
 
 
-PlanMaker = Callable[..., TrainingPlan]
-
-
 @pytest.fixture
-def plan_of(tmp_path: Path, fresh: Path) -> PlanMaker:
-    """A plan of one stage, on a source that the test opens, in float32; keyword arguments change stage or plan."""
+def plan_of(tmp_path: Path, fresh: Path) -> MakePlan:
+    stage = Stage("only", steps=4, batch_size=4, learning_rate=(1e-3, 1e-4), losses=ALL)
+    plan = TrainingPlan(
+        name="test",
+        output=str(tmp_path / "run"),
+        start=Start(str(fresh)),
+        stages=(stage,),
+        prompt="Read.",
+        optimizer=Optimizer("muon"),
+        precision="float32",
+        data_workers=0,
+    )
 
-    def make_plan(**changes: object) -> TrainingPlan:
+    def make_plan(**changes: Any) -> TrainingPlan:
         of_stage = {
             key: changes.pop(key) for key in list(changes) if key in Stage.__dataclass_fields__ and key != "name"
         }
-        stage = {"name": "only", "steps": 4, "batch_size": 4, "learning_rate": (1e-3, 1e-4), "losses": ALL} | of_stage
-        settings = {
-            "name": "test",
-            "output": str(tmp_path / "run"),
-            "start": Start(str(fresh)),
-            "stages": (Stage(**stage),),
-            "prompt": "Read.",
-            "optimizer": Optimizer("muon"),
-            "precision": "float32",
-            "data_workers": 0,
-        }
-        return TrainingPlan(**settings | changes)
+        return replace(plan, **{"stages": (replace(stage, **of_stage),)} | changes)
 
     return make_plan
 

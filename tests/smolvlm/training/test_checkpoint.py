@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixture_types import MakePlan
 from safetensors.torch import load_file, save_file
 from word_pictures import WordPictures
 
@@ -30,7 +31,7 @@ def saved(plan: TrainingPlan, *steps: int) -> Path:
     return folder
 
 
-def test_a_checkpoint_is_a_model_and_what_training_needs(plan_of: Any, fresh: Path) -> None:
+def test_a_checkpoint_is_a_model_and_what_training_needs(plan_of: MakePlan, fresh: Path) -> None:
     folder = saved(plan_of(), 2)
     assert folder.name == "step_00000002"
     published = {file.name for file in fresh.iterdir()}
@@ -40,7 +41,7 @@ def test_a_checkpoint_is_a_model_and_what_training_needs(plan_of: Any, fresh: Pa
     assert set(load_state(folder)) == {"plan", "optimizers", "glyph_head"}
 
 
-def test_the_last_two_are_kept_and_nothing_half_written_counts(plan_of: Any) -> None:
+def test_the_last_two_are_kept_and_nothing_half_written_counts(plan_of: MakePlan) -> None:
     plan = plan_of()
     folder = saved(plan, 1, 2, 3)
     (folder.parent / ".step_00000004").mkdir()  # killed while it was written
@@ -50,7 +51,7 @@ def test_the_last_two_are_kept_and_nothing_half_written_counts(plan_of: Any) -> 
 
 
 def test_an_error_while_saving_leaves_what_was_there(
-    plan_of: Any, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan_of: MakePlan, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = SmolVLM.from_pretrained(fresh)
     folder = save_model(model, fresh, tmp_path / "model")
@@ -78,20 +79,20 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("change", "said"), CHANGES.values(), ids=CHANGES)
-def test_a_changed_plan_is_refused_naming_the_difference(plan_of: Any, change: dict[str, Any], said: str) -> None:
+def test_a_changed_plan_is_refused_naming_the_difference(plan_of: MakePlan, change: dict[str, Any], said: str) -> None:
     folder = saved(plan_of(), 2)
     with pytest.raises(PlanChanged, match=said):
         check_unchanged(plan_of(**change), folder)
 
 
-def test_what_does_not_touch_the_past_may_change(plan_of: Any) -> None:
+def test_what_does_not_touch_the_past_may_change(plan_of: MakePlan) -> None:
     plan = plan_of()
     folder = saved(plan, 2)
     later = Stage("more", 5, 8, (1e-3, 1e-3), documents=DocumentOptions())
     check_unchanged(replace(plan, stages=(*plan.stages, later), checkpoint_every=7, threads=2, data_workers=2), folder)
 
 
-def test_a_key_that_an_older_version_did_not_know_is_no_difference(plan_of: Any) -> None:
+def test_a_key_that_an_older_version_did_not_know_is_no_difference(plan_of: MakePlan) -> None:
     folder = saved(plan_of(), 2)
     state = load_state(folder)
     assert state["plan"]["stages[0]"].pop("num_documents", 0) is None
@@ -101,7 +102,7 @@ def test_a_key_that_an_older_version_did_not_know_is_no_difference(plan_of: Any)
         check_unchanged(plan_of(num_documents=3), folder)
 
 
-def test_a_checkpoint_of_another_shape_is_refused_by_its_key(plan_of: Any, fresh: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_shape_is_refused_by_its_key(plan_of: MakePlan, fresh: Path, tmp_path: Path) -> None:
     broken = save_model(SmolVLM.from_pretrained(fresh), fresh, tmp_path / "broken")
     weights = load_file(broken / WEIGHTS_FILE)
     weights["model.connector.modality_projection.proj.weight"] = torch.zeros(32, 7)

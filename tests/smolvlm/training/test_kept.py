@@ -14,10 +14,11 @@ from smolvlm.sampling import SamplingParams
 from smolvlm.scratch import Shape, TextShape, VisionShape, create_checkpoint
 from smolvlm.training.fresh import NUM_TOKENS, create_fresh_checkpoint, grid_positions
 from smolvlm.training.kept import stretched_positions
+from smolvlm.training.plan import Part
 
 VISION = VisionShape(32, 64, 2, 2, 32, 8)
 SHAPE = Shape(VISION, TextShape(48, 64, 2, 4, 2, 16, 256, 1e4, NUM_TOKENS), 2, 64)
-ALL = ("vision", "connector", "text")
+ALL: tuple[Part, ...] = ("vision", "connector", "text")
 
 
 def answer(directory: Path) -> list[int]:

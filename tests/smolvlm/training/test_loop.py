@@ -4,20 +4,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import training_pair
+from fixture_types import MakePlan
 from torch import Tensor
 from word_pictures import WordPictures
 
-from smolvlm.training.batches import Windows
+from smolvlm.training.batches import Windows, collate
 from smolvlm.training.examples import ExampleMaker
 from smolvlm.training.loop import ALONE, StepReport, Trainer, TrainingDiverged
 from smolvlm.training.plan import Losses, Optimizer, Stage, TrainingPlan
 
 PAIR = Path(training_pair.__file__)
+OPTIMIZERS = [Optimizer("adamw"), Optimizer("adamw8bit"), Optimizer("muon")]
 
 
 def trainer_of(plan: TrainingPlan) -> Trainer:
@@ -42,7 +43,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
 
 
-def test_every_step_is_reported(plan_of: Any, make: ExampleMaker) -> None:
+def test_every_step_is_reported(plan_of: MakePlan, make: ExampleMaker) -> None:
     stages = (Stage("first", 2, 4, (0.5e-3, 0.5e-3)), Stage("second", 3, 6, (1e-3, 1e-3), losses=Losses(0, 1, 0)))
     reports = train(trainer_of(plan_of(stages=stages)), make)
     assert [(each.step, each.stage, each.examples) for each in reports] == [
@@ -57,12 +58,12 @@ def test_every_step_is_reported(plan_of: Any, make: ExampleMaker) -> None:
     assert all(each.grad_norm > 0 and each.tokens > 0 for each in reports)
 
 
-def test_micro_batches_change_nothing_but_rounding(plan_of: Any, make: ExampleMaker) -> None:
+def test_micro_batches_change_nothing_but_rounding(plan_of: MakePlan, make: ExampleMaker) -> None:
     """All three losses are means over the step, also where its parts differ in length."""
     whole, parts = (trainer_of(plan_of(optimizer=Optimizer("adamw"), micro_batches=count)) for count in (1, 2))
     for step in range(3):
         halves = training_pair.Halves(make, None)._step(step)
-        together = training_pair.collate(
+        together = collate(
             [make(WordPictures()(index)) for index in (step, 5, 0, step + 3, 3, 8)], make.config.image_token_id
         )
         one = whole._update(whole.plan.stages[0], [together], 1e-3)
@@ -72,7 +73,7 @@ def test_micro_batches_change_nothing_but_rounding(plan_of: Any, make: ExampleMa
     torch.testing.assert_close(weights(parts), weights(whole), atol=2e-4, rtol=1e-3)
 
 
-def test_frozen_parts_do_not_move_and_move_once_they_are_freed(plan_of: Any, make: ExampleMaker) -> None:
+def test_frozen_parts_do_not_move_and_move_once_they_are_freed(plan_of: MakePlan, make: ExampleMaker) -> None:
     rate = (1e-3, 1e-3)
     plan = plan_of(
         optimizer=Optimizer("adamw", weight_decay=0.5), steps=2, learning_rate=rate, freeze=("vision", "text")
@@ -88,15 +89,15 @@ def test_frozen_parts_do_not_move_and_move_once_they_are_freed(plan_of: Any, mak
     assert {"vision", "text", "head", "connector"} <= parts
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "muon"])
-def test_training_learns(plan_of: Any, make: ExampleMaker, kind: str) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda each: each.kind)
+def test_training_learns(plan_of: MakePlan, make: ExampleMaker, optimizer: Optimizer) -> None:
     rate = (3e-3, 3e-3)
-    reports = train(trainer_of(plan_of(optimizer=Optimizer(kind), steps=12, batch_size=10, learning_rate=rate)), make)
+    reports = train(trainer_of(plan_of(optimizer=optimizer, steps=12, batch_size=10, learning_rate=rate)), make)
     for name in ("text", "glyph", "reading"):
         assert reports[-1].losses[name] < 0.8 * reports[0].losses[name], name
 
 
-def test_bfloat16_stays_near_float32(plan_of: Any, make: ExampleMaker) -> None:
+def test_bfloat16_stays_near_float32(plan_of: MakePlan, make: ExampleMaker) -> None:
     losses = [
         train(trainer_of(plan_of(precision=precision, steps=1)), make)[0].losses
         for precision in ("float32", "bfloat16")
@@ -107,7 +108,7 @@ def test_bfloat16_stays_near_float32(plan_of: Any, make: ExampleMaker) -> None:
 
 @pytest.mark.parametrize("found", [True, False])
 def test_auto_is_the_precision_of_the_hardware(
-    plan_of: Any, make: ExampleMaker, found: bool, monkeypatch: pytest.MonkeyPatch
+    plan_of: MakePlan, make: ExampleMaker, found: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("smolvlm.precision.multiplies_bfloat16", lambda device: found)
     losses = [
@@ -117,7 +118,7 @@ def test_auto_is_the_precision_of_the_hardware(
     assert losses[0] == losses[1]
 
 
-def test_recomputing_activations_changes_no_gradient(plan_of: Any, make: ExampleMaker) -> None:
+def test_recomputing_activations_changes_no_gradient(plan_of: MakePlan, make: ExampleMaker) -> None:
     trainers = [trainer_of(plan_of(checkpoint_activations=value)) for value in (False, True)]
     batch = training_pair.Halves(make, None)._step(0)[0]
     for trainer in trainers:
@@ -126,7 +127,7 @@ def test_recomputing_activations_changes_no_gradient(plan_of: Any, make: Example
     torch.testing.assert_close(recomputed, ours, atol=0, rtol=0)
 
 
-def test_fewer_activations_are_kept_when_they_are_recomputed(plan_of: Any, make: ExampleMaker) -> None:
+def test_fewer_activations_are_kept_when_they_are_recomputed(plan_of: MakePlan, make: ExampleMaker) -> None:
     kept = []
     batch = training_pair.Halves(make, None)._step(0)[0]
     for value in (False, True):
@@ -145,7 +146,7 @@ def test_fewer_activations_are_kept_when_they_are_recomputed(plan_of: Any, make:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch\\..*", "ignore:The .grad attribute of a Tensor")
-def test_compiled_training_is_training(plan_of: Any, make: ExampleMaker) -> None:
+def test_compiled_training_is_training(plan_of: MakePlan, make: ExampleMaker) -> None:
     plain, compiled = (trainer_of(plan_of(compile=value, steps=2)) for value in (False, True))
     ours, theirs = train(plain, make), train(compiled, make)
     for one, other in zip(ours, theirs, strict=True):
@@ -153,7 +154,7 @@ def test_compiled_training_is_training(plan_of: Any, make: ExampleMaker) -> None
     torch.testing.assert_close(weights(compiled), weights(plain), atol=5e-4, rtol=1e-2)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_does_harm(plan_of: Any, make: ExampleMaker) -> None:
+def test_a_loss_that_is_no_number_ends_the_run_before_it_does_harm(plan_of: MakePlan, make: ExampleMaker) -> None:
     trainer = trainer_of(plan_of())
     with torch.no_grad():
         trainer.model.connector.projection.weight[0, 0] = float("nan")
@@ -163,13 +164,13 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_does_harm(plan_of: Any,
     torch.testing.assert_close(weights(trainer), before, atol=0, rtol=0, equal_nan=True)
 
 
-def test_a_huge_rate_ends_the_run_too(plan_of: Any, make: ExampleMaker) -> None:
+def test_a_huge_rate_ends_the_run_too(plan_of: MakePlan, make: ExampleMaker) -> None:
     plan = plan_of(optimizer=Optimizer("adamw"), steps=50, learning_rate=(1e30, 1e30))
     with pytest.raises(TrainingDiverged, match="Lower learning_rate"):
         train(trainer_of(plan), make)
 
 
-def test_two_processes_are_one(plan_of: Any, make: ExampleMaker, tmp_path: Path) -> None:
+def test_two_processes_are_one(plan_of: MakePlan, make: ExampleMaker, tmp_path: Path) -> None:
     """Each has its half of every step, of another length: gradients, losses and weights are those of the whole step."""
     optimizer, rate = Optimizer("adamw"), (1e-3, 1e-3)
     frozen, free = Stage("a", 2, 6, rate, freeze=("vision",)), Stage("b", 2, 6, rate, losses=Losses(1, 0.5, 0.5))

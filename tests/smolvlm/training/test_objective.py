@@ -32,7 +32,8 @@ def logits_of_the_engine(model: SmolVLM, batch: Batch) -> Tensor:
     tokens = batch.token_ids[0]
     features = model.encode_tiles(batch.pixels).flatten(0, 1)
     embeddings = model.embed(tokens, (batch.image_positions, features))
-    return model(embeddings, packed_prefill((len(tokens),), torch.device("cpu")))
+    logits: Tensor = model(embeddings, packed_prefill((len(tokens),), torch.device("cpu")))
+    return logits
 
 
 def test_batched_logits_are_those_of_the_engine_and_padding_changes_nothing(

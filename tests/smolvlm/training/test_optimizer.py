@@ -1,5 +1,6 @@
 import io
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from smolvlm.training.objective import Objective
 from smolvlm.training.optimizer import build_optimizers, freeze, learning_rate, set_learning_rate
 from smolvlm.training.plan import Optimizer, Stage
 
+OPTIMIZERS = [Optimizer("adamw"), Optimizer("adamw8bit"), Optimizer("muon")]
 STAGE = Stage("s", steps=14, batch_size=1, learning_rate=(1.0, 0.2), warmup_steps=4)
 
 
@@ -37,10 +39,10 @@ def test_without_warm_up_it_begins_at_its_first_value() -> None:
     assert {learning_rate(stage, step) for step in range(10)} == {0.5}
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "muon"])
-def test_every_parameter_is_in_one_group_and_only_matrices_decay(objective: Objective, kind: str) -> None:
-    optimizers = build_optimizers(objective, Optimizer(kind))  # type: ignore[arg-type]
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda each: each.kind)
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(objective: Objective, optimizer: Optimizer) -> None:
+    optimizers = build_optimizers(objective, optimizer)
+    groups = [group for each in optimizers for group in each.param_groups]
     members = [name for group in groups for name in names_in(objective, group["params"])]
     assert sorted(members) == sorted(name for name, _ in objective.named_parameters())
     decayed = {name for group in groups if group["weight_decay"] for name in names_in(objective, group["params"])}
@@ -97,6 +99,6 @@ def test_the_eight_bit_optimizer_keeps_bytes_and_loads_what_it_saved() -> None:
 
 
 def test_bitsandbytes_missing_is_said_with_the_remedy(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim.adamw", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
     with pytest.raises(ValueError, match="adamw8bit needs bitsandbytes; install it"):
         build_optimizers(objective, Optimizer("adamw8bit"))

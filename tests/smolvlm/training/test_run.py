@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fixture_types import MakePlan
 from safetensors.torch import load_file
 from torch import Tensor
 from word_pictures import WordPictures
@@ -15,6 +16,7 @@ from word_pictures import WordPictures
 from smolvlm.scratch import SIZES, Shape, TextShape, VisionShape
 from smolvlm.training.checkpoint import PlanChanged, latest_checkpoint, load_state
 from smolvlm.training.documents import DocumentOptions
+from smolvlm.training.examples import Labelled
 from smolvlm.training.fresh import NUM_TOKENS
 from smolvlm.training.loop import StepReport, TrainingDiverged
 from smolvlm.training.plan import Evaluation, LabelledData, Losses, Optimizer, Stage, Start, TrainingPlan
@@ -26,16 +28,17 @@ ON_ROWS = Data(ROWS)
 WORDS = DocumentOptions({"word": 1}, (64, 64), (12, 32), 128, degraded_share=0, max_chars=6, max_lines=1)
 FIRST = Stage("first", 11, 4, (1e-3, 5e-4), 3, losses=Losses(0.5, 1, 0.5), documents=WORDS)
 SECOND = Stage("second", 3, 4, (1e-3, 1e-4), micro_batches=2, freeze=("connector",))
+OPTIMIZERS = [Optimizer("muon"), Optimizer("adamw"), Optimizer("adamw8bit")]
 RunPlan = Callable[..., TrainingPlan]
 
 
 @pytest.fixture
-def run_of(plan_of: Any, tmp_path: Path) -> RunPlan:
+def run_of(plan_of: MakePlan, tmp_path: Path) -> RunPlan:
     """Two stages: drawn documents, ending in the middle of a window, then a source. `folder` names the output."""
 
     def make(folder: str = "run", **changes: Any) -> TrainingPlan:
         settings = {"source": LabelledData("by hand"), "stages": (FIRST, SECOND), "output": str(tmp_path / folder)}
-        return replace(plan_of(), **settings | changes)
+        return plan_of(**settings | changes)
 
     return make
 
@@ -56,14 +59,14 @@ def tensors(content: Any, path: str = "") -> dict[str, Tensor]:
 
 def assert_same_run(ours: TrainingPlan, theirs: TrainingPlan) -> None:
     """Weights, optimizer state and metrics are the same to the last bit."""
-    folders = [latest_checkpoint(Path(plan.output)) for plan in (ours, theirs)]
-    assert folders[0] is not None
-    assert folders[1] is not None
-    assert folders[0].name == folders[1].name
-    weights = [load_file(folder / "model.safetensors") for folder in folders]
-    states = [tensors(load_state(folder)) for folder in folders]
-    for one, other in (weights, states):
-        torch.testing.assert_close(one, other, atol=0, rtol=0)
+    one, other = (latest_checkpoint(Path(plan.output)) for plan in (ours, theirs))
+    assert one is not None
+    assert other is not None
+    assert one.name == other.name
+    weights = [load_file(folder / "model.safetensors") for folder in (one, other)]
+    states = [tensors(load_state(folder)) for folder in (one, other)]
+    for mine, its in (weights, states):
+        torch.testing.assert_close(mine, its, atol=0, rtol=0)
     assert timeless(ours) == timeless(theirs)
 
 
@@ -76,10 +79,9 @@ def timeless(plan: TrainingPlan) -> list[dict[str, Any]]:
     return lines
 
 
-@pytest.mark.parametrize("kind", ["muon", "adamw", "adamw8bit"])
-def test_a_resumed_run_is_an_uninterrupted_one(run_of: RunPlan, kind: Any) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda each: each.kind)
+def test_a_resumed_run_is_an_uninterrupted_one(run_of: RunPlan, optimizer: Optimizer) -> None:
     """Stopped in the middle of a window, at a stage's last step, and one step before the end."""
-    optimizer = Optimizer(kind)
     whole, parts = run_of("whole", optimizer=optimizer), run_of("parts", optimizer=optimizer)
     assert train(whole) == Path(whole.output) / "model"
     assert [train(parts, steps) for steps in (5, 6, 2)] == [None] * 3
@@ -154,7 +156,12 @@ def test_the_engine_is_asked_along_the_way_and_at_the_end(run_of: RunPlan) -> No
     on_documents = Evaluation(every_steps=6, count=3, max_new_tokens=4, documents=WORDS)
     plan = run_of(evaluation=on_documents)
     scores: list[tuple[int, Score]] = []
-    run_training(plan, ON_ROWS, on_step=lambda report, score: score and scores.append((report.step, score)))
+
+    def note(report: StepReport, score: Score | None) -> None:
+        if score is not None:
+            scores.append((report.step, score))
+
+    run_training(plan, ON_ROWS, on_step=note)
     assert [step for step, _ in scores] == [6, 12, 14]
     assert all(score.cer > 0 and score.exact == 0 and score.seconds > 0 for _, score in scores)
     logged = [(line["step"], line["score"]["cer"]) for line in read_metrics(Path(plan.output)) if "score" in line]
@@ -165,7 +172,7 @@ def test_a_held_out_source_is_read_as_far_as_it_goes(run_of: RunPlan) -> None:
     held_out = Evaluation(every_steps=14, count=50, max_new_tokens=4, source=LabelledData("held out"))
     asked: list[int] = []
 
-    def draw(index: int) -> Any:
+    def draw(index: int) -> Labelled:
         asked.append(index)
         return WordPictures()(index)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from smolvlm.training.documents import fonts
+from smolvlm.training.documents.options import Split
 from smolvlm.training.documents.vocabulary import CHARACTERS
 
 
@@ -72,7 +73,7 @@ def test_relatives_are_all_families_in_groups() -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_every_style_draws_every_character_as_itself(split: fonts.Split) -> None:
+def test_every_style_draws_every_character_as_itself(split: Split) -> None:
     for named in fonts.styles(split).values():
         font = fonts.face(named[0].path, 40.0).font
         missing = bytes(font.getmask("\uffff"))
