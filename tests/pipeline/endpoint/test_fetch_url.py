@@ -4,7 +4,7 @@ import asyncio
 import ipaddress
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -86,7 +86,9 @@ def refusal(url: str, *hosts: str, **limits: Any) -> str:
     return caught.value.code
 
 
-def respond(body: bytes, status: int = 200, **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
+def respond(
+    body: bytes, status: int = 200, headers: Mapping[str, str] = {}
+) -> Callable[[BaseHTTPRequestHandler], None]:
     def answer(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(status)
         for name, value in {"content-length": str(len(body)), **headers}.items():
@@ -149,7 +151,7 @@ def test_the_address_that_was_checked_is_the_one_connected_to(site: Site, monkey
     site.answer = respond(png())
     checked: list[str] = []
 
-    def check(address: Any) -> bool:
+    def check(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
         checked.append(str(address))
         site.addresses = ["127.0.0.2"]
         return True
@@ -202,7 +204,7 @@ def test_without_allowed_hosts_there_is_no_fetching(site: Site) -> None:
 @pytest.mark.usefixtures("public")
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_redirects_are_not_followed(site: Site, status: int) -> None:
-    site.answer = respond(b"", status, location=f"http://127.0.0.1:{site.port}/inside")
+    site.answer = respond(b"", status, {"location": f"http://127.0.0.1:{site.port}/inside"})
     assert refusal(f"http://{HOST}:{site.port}/", f"{HOST}:{site.port}") == "fetch_failed"
     assert [path for _, path in site.visits] == ["/"]
 
@@ -240,14 +242,18 @@ def test_compressed_bodies_stay_compressed(site: Site) -> None:
     import gzip
 
     packed = gzip.compress(bytes(10_000_000))
-    site.answer = respond(packed, **{"content-encoding": "gzip"})
+    site.answer = respond(packed, headers={"content-encoding": "gzip"})
     assert fetch(f"http://{HOST}:{site.port}/", f"{HOST}:{site.port}") == packed
 
 
 @pytest.mark.usefixtures("public")
 def test_a_slow_host_gets_its_time_and_no_more(site: Site) -> None:
     released = threading.Event()
-    site.answer = lambda handler: released.wait(20) and None
+
+    def late(_: BaseHTTPRequestHandler) -> None:
+        released.wait(20)
+
+    site.answer = late
     assert refusal(f"http://{HOST}:{site.port}/", f"{HOST}:{site.port}", timeout_s=0.3) == "fetch_failed"
     released.set()
 

@@ -15,7 +15,15 @@ import pytest
 from local_gateway import Gateway, LocalEngines, data_url, png, running_gateway
 from PIL import Image
 
-from pipeline.endpoint.client import EngineRequest, EngineStatus, EngineUnavailable, Event, Finished, TokenOut
+from pipeline.endpoint.client import (
+    EngineClient,
+    EngineRequest,
+    EngineStatus,
+    EngineUnavailable,
+    Event,
+    Finished,
+    TokenOut,
+)
 from pipeline.endpoint.options import EndpointOptions, Limits, check_exposure
 from pipeline.errors import ConfigError
 from pipeline.job import Model
@@ -71,7 +79,7 @@ def stuck() -> StuckEngines:
 
 
 @contextmanager
-def limited(model: Model, engines: Any, **limits: Any) -> Iterator[Gateway]:
+def limited(model: Model, engines: EngineClient, **limits: Any) -> Iterator[Gateway]:
     with running_gateway(EndpointOptions(model, limits=Limits(**limits)), engines) as gateway:
         yield gateway
 

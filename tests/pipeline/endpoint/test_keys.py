@@ -2,11 +2,11 @@
 
 import base64
 import hashlib
+import hmac
 from pathlib import Path
 
 import pytest
 
-from pipeline.endpoint import keys
 from pipeline.endpoint.keys import ApiKeys
 from pipeline.errors import ConfigError
 
@@ -66,13 +66,13 @@ def test_nothing_else_opens(api_keys: ApiKeys, header: bytes | None) -> None:
 
 def test_every_key_is_compared_whichever_fits(api_keys: ApiKeys, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[tuple[bytes, bytes]] = []
-    original = keys.hmac.compare_digest
+    original = hmac.compare_digest
 
     def watched(one: bytes, other: bytes) -> bool:
         compared.append((one, other))
         return original(one, other)
 
-    monkeypatch.setattr(keys.hmac, "compare_digest", watched)
+    monkeypatch.setattr(hmac, "compare_digest", watched)
     for header in (f"Bearer {KEY}".encode(), f"Bearer {OTHER}".encode(), b"Bearer x", None):
         compared.clear()
         api_keys.accept(header)

@@ -3,21 +3,32 @@
 import asyncio
 import itertools
 import re
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
+import httpx2
 import openai
 import pytest
 from local_gateway import Gateway, LocalEngines, data_url, png
-from openai.types.chat import ChatCompletion
+from openai.types.chat import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionContentPartImageParam,
+    ChatCompletionContentPartParam,
+    ChatCompletionContentPartTextParam,
+    ChatCompletionMessageParam,
+)
+from openai.types.chat.chat_completion_content_part_image_param import ImageURL
+from waiting import wait_for
 
 from pipeline.endpoint.options import EndpointOptions
 from pipeline.engine_worker import EngineWorker
 from smolvlm.image import decode_image
 from smolvlm.processor import Processor
 
-Messages = list[dict[str, Any]]
+Messages = list[ChatCompletionMessageParam]
+Detail = Literal["auto", "low", "high"]
+TILE = {"rows": 0, "cols": 0, "width": 20, "height": 12}  # of the default image
 
 
 @pytest.fixture
@@ -42,16 +53,26 @@ def processor(options: EndpointOptions) -> Processor:
     return Processor.from_pretrained(options.model.id)
 
 
-def image(data: bytes | None = None, **more: str) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": data_url(data), **more}}
+def image(data: bytes | None = None, detail: Detail | None = None) -> ChatCompletionContentPartImageParam:
+    shown: ImageURL = {"url": data_url(data)}
+    if detail is not None:
+        shown["detail"] = detail
+    return {"type": "image_url", "image_url": shown}
 
 
-def text(content: str) -> dict[str, Any]:
+def text(content: str) -> ChatCompletionContentPartTextParam:
     return {"type": "text", "text": content}
 
 
-def user(*parts: dict[str, Any]) -> Messages:
+def user(*parts: ChatCompletionContentPartParam) -> Messages:
     return [{"role": "user", "content": list(parts)}]
+
+
+def extension(reply: ChatCompletion | ChatCompletionChunk) -> dict[str, Any]:
+    """What this endpoint says besides OpenAI's own fields."""
+    assert reply.model_extra is not None
+    found: dict[str, Any] = reply.model_extra["smolvlm"]
+    return found
 
 
 HELLO: Messages = [{"role": "user", "content": "Good morning."}]
@@ -81,23 +102,22 @@ def test_the_answer_is_the_engine_s(
     assert done.usage.prompt_tokens == len(model_input.prompt_token_ids)
     assert done.usage.completion_tokens == len(direct.token_ids)
     assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
-    assert done.smolvlm["tiles"] == [{"rows": 0, "cols": 0, "width": 20, "height": 12}]  # type: ignore[attr-defined]
-    assert done.smolvlm["finish_reasons"] == [direct.finish_reason]  # type: ignore[attr-defined]
+    assert extension(done)["tiles"] == [TILE]
+    assert extension(done)["finish_reasons"] == [direct.finish_reason]
     assert (done._request_id or "").startswith("req_")
 
 
 def test_text_alone_and_whole_conversations(ask: Callable[..., ChatCompletion]) -> None:
     assert ask(HELLO).choices[0].message.role == "assistant"
     conversation: Messages = [
-        {"role": "developer", "content": "Be short."},
-        {"role": "user", "content": [image(), text("What is it?")]},
+        *user(image(), text("What is it?")),
         {"role": "assistant", "content": "A red picture."},
-        {"role": "user", "content": [text("Like this one?"), image(png(40, 90, "blue")), text("Or not?")]},
+        *user(text("Like this one?"), image(png(40, 90, "blue")), text("Or not?")),
     ]
-    one = ask(conversation)
-    conversation[0]["role"] = "system"
-    assert ask(conversation).choices[0].message.content == one.choices[0].message.content
-    assert [tile["rows"] for tile in one.smolvlm["tiles"]] == [0, 3]  # type: ignore[attr-defined]
+    one = ask([{"role": "developer", "content": "Be short."}, *conversation])
+    other = ask([{"role": "system", "content": "Be short."}, *conversation])
+    assert other.choices[0].message.content == one.choices[0].message.content
+    assert [tile["rows"] for tile in extension(one)["tiles"]] == [0, 3]
 
 
 def test_image_tokens_are_prompt_tokens(ask: Callable[..., ChatCompletion], options: EndpointOptions) -> None:
@@ -117,9 +137,9 @@ def test_a_second_turn_finds_the_first_one_in_the_cache(ask: Callable[..., ChatC
 
 
 def test_detail_and_max_tiles_choose_the_tiles(ask: Callable[..., ChatCompletion]) -> None:
-    def grid(detail: str, **extra: Any) -> tuple[int, int]:
+    def grid(detail: Detail, **extra: Any) -> tuple[int, int]:
         done = ask(user(image(png(64, 64), detail=detail), text("?")), max_tokens=1, **extra)
-        tile = done.smolvlm["tiles"][0]  # type: ignore[attr-defined]
+        tile = extension(done)["tiles"][0]
         return tile["rows"], tile["cols"]
 
     assert grid("auto") == (2, 2)
@@ -134,7 +154,7 @@ def test_streaming_gives_the_same_answer_in_pieces(client: openai.OpenAI, ask: C
     chunks = list(
         client.chat.completions.create(
             model=whole.model,
-            messages=PICTURE,  # type: ignore[arg-type]
+            messages=PICTURE,
             max_tokens=12,
             seed=3,
             temperature=1.0,
@@ -152,20 +172,20 @@ def test_streaming_gives_the_same_answer_in_pieces(client: openai.OpenAI, ask: C
     assert last.usage is not None
     assert whole.usage is not None
     assert last.usage.completion_tokens == whole.usage.completion_tokens
-    assert last.smolvlm["tiles"] == whole.smolvlm["tiles"]  # type: ignore[attr-defined]
+    assert extension(last)["tiles"] == extension(whole)["tiles"]
     assert len({chunk.id for chunk in chunks}) == 1
 
 
 def test_a_stream_without_usage_tells_the_tiles_at_its_end(client: openai.OpenAI, options: EndpointOptions) -> None:
-    stream = client.chat.completions.create(model=options.model_name, messages=PICTURE, max_tokens=3, stream=True)  # type: ignore[call-overload]
+    stream = client.chat.completions.create(model=options.model_name, messages=PICTURE, max_tokens=3, stream=True)
     chunks = list(stream)
     assert chunks[-1].choices[0].finish_reason == "length"
-    assert chunks[-1].smolvlm["tiles"] == [{"rows": 0, "cols": 0, "width": 20, "height": 12}]
+    assert extension(chunks[-1])["tiles"] == [TILE]
     assert not any(hasattr(chunk, "smolvlm") for chunk in chunks[:-1])
     assert all(chunk.usage is None for chunk in chunks)
 
 
-def test_the_wire_ends_with_done(http: Any, options: EndpointOptions) -> None:
+def test_the_wire_ends_with_done(http: httpx2.Client, options: EndpointOptions) -> None:
     body = {"model": options.model_name, "messages": HELLO, "max_tokens": 2, "stream": True}
     reply = http.post("/v1/chat/completions", json=body)
     assert reply.headers["content-type"].startswith("text/event-stream")
@@ -199,9 +219,7 @@ def test_stop_strings_cut_the_answer(client: openai.OpenAI, ask: Callable[..., C
     cut = ask(HELLO, max_tokens=40, stop=stop)
     assert (cut.choices[0].message.content, cut.choices[0].finish_reason) == (expected, "stop")
     assert ask(HELLO, max_tokens=40, stop=["\u2603", stop]).choices[0].message.content == expected
-    stream = client.chat.completions.create(
-        model=cut.model, messages=HELLO, max_tokens=40, stop=[stop], stream=True  # type: ignore[arg-type]
-    )  # fmt: skip
+    stream = client.chat.completions.create(model=cut.model, messages=HELLO, max_tokens=40, stop=[stop], stream=True)
     chunks = [chunk.choices[0] for chunk in stream]
     assert "".join(choice.delta.content or "" for choice in chunks) == expected
     assert chunks[-1].finish_reason == "stop"
@@ -233,8 +251,8 @@ def test_logprobs(ask: Callable[..., ChatCompletion], client: openai.OpenAI) -> 
     assert b"".join(ordinary).decode(errors="replace").strip() == done.choices[0].message.content
     assert ask(HELLO).choices[0].logprobs is None
     stream = client.chat.completions.create(
-        model=done.model, messages=HELLO, max_tokens=12, logprobs=True, top_logprobs=3, stream=True  # type: ignore[arg-type]
-    )  # fmt: skip
+        model=done.model, messages=HELLO, max_tokens=12, logprobs=True, top_logprobs=3, stream=True
+    )
     streamed = [entry for c in stream if c.choices[0].logprobs for entry in c.choices[0].logprobs.content or []]
     assert [entry.token for entry in streamed] == [entry.token for entry in entries]
 
@@ -311,6 +329,7 @@ def test_a_client_that_leaves_frees_its_sequence(
                 await asyncio.sleep(0.002)
             if stream:
                 reply = await call
+                assert isinstance(reply, openai.AsyncStream)
                 await anext(aiter(reply))
                 await reply.close()
             else:
@@ -318,10 +337,7 @@ def test_a_client_that_leaves_frees_its_sequence(
 
     before, finished = engines.num_started, engines.worker._loop.stats().generated_tokens
     asyncio.run(leave())
-    deadline = time.monotonic() + 20
-    while (engines.num_streams or busy(engines)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert (engines.num_streams, busy(engines)) == (0, 0)
+    wait_for(lambda: (engines.num_streams, busy(engines)) == (0, 0), 20)
     assert engines.worker._loop.stats().generated_tokens - finished < 4 * 1900  # it did not just run to the end
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import SearchStrategy
 from local_gateway import Gateway, data_url
 from schemathesis import Case, GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance, response_schema_conformance
@@ -15,6 +16,7 @@ from pipeline.endpoint.options import EndpointOptions
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 CHAT = "/v1/chat/completions"
+AnyCase = Case[Any]
 
 
 @pytest.fixture
@@ -22,8 +24,9 @@ def document(gateway: Gateway) -> Any:
     return schemathesis.openapi.from_url(f"{gateway.url}/openapi.json")
 
 
-def for_each_case(operation: Any, mode: GenerationMode, check: Callable[[Case], None]) -> None:
-    FEW(given(operation.as_strategy(generation_mode=mode))(check))()
+def for_each_case(operation: Any, mode: GenerationMode, check: Callable[[AnyCase], None]) -> None:
+    cases: SearchStrategy[AnyCase] = operation.as_strategy(generation_mode=mode)
+    FEW(given(cases)(check))()
 
 
 def test_the_document_has_all_routes(document: Any) -> None:
@@ -34,7 +37,7 @@ def test_the_document_has_all_routes(document: Any) -> None:
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_every_answer_is_one_that_the_document_promises(document: Any, mode: GenerationMode) -> None:
-    def check(case: Case) -> None:
+    def check(case: AnyCase) -> None:
         # A well-formed request may still name a model that is not there, or an image that is none.
         case.call_and_validate(excluded_checks=[positive_data_acceptance], timeout=60)
 
@@ -47,7 +50,7 @@ def test_requests_that_reach_the_engine(document: Any, options: EndpointOptions)
     """Good ones with the model's own name, a real image where there is one, and short answers."""
     statuses: set[int] = set()
 
-    def check(case: Case) -> None:
+    def check(case: AnyCase) -> None:
         assert isinstance(case.body, dict)
         case.body = reachable(case.body, options.model_name)
         reply = case.call(timeout=60)

@@ -74,6 +74,7 @@ def test_nothing_of_a_stop_string_is_shown_before_it_is_complete() -> None:
 def test_logprobs_show_tokens_as_bytes() -> None:
     first, second = (TOKENIZER.encode("é").ids)[:2]
     end = TOKENIZER.token_to_id("<end_of_utterance>")
+    assert end is not None
     entry = TokenLogprobs(first, -0.5, ((second, -math.inf), (end, -1.0))).to_json(TOKEN_BYTES)
     assert entry["bytes"] == [0xC3]
     assert (entry["token"], entry["logprob"]) == ("\ufffd", -0.5)
