@@ -1,4 +1,4 @@
-// Pillow's LANCZOS resize of 8-bit images, byte by byte, sixteen values at a time.
+// Pillow's LANCZOS resize of 8-bit images, byte by byte, many values at a time.
 //
 // Same filter, same 22-bit coefficients, same rounding to 8 bits after the horizontal pass: integer sums have one value
 // in any order. Source of the arithmetic: Pillow's Resample.c. Plain C functions, called through ctypes.
@@ -9,21 +9,42 @@
 #include <cstring>
 #include <new>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 constexpr int LANES = 16, PRECISION = 32 - 8 - 2, SUPPORT = 3;
 using Bytes = uint8_t __attribute__((vector_size(LANES)));
-using Shorts = uint16_t __attribute__((vector_size(2 * LANES)));
-using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 
-#ifdef __AVX512F__  // g++ 12 takes a detour
-static inline Ints widen(Bytes values) { return (Ints)_mm512_cvtepu8_epi32((__m128i)values); }
-static inline Bytes narrow(Ints values) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)values); }
+// One register of sums, its instructions by name: g++ 12 makes slow scalar code of wider vectors and of conversions.
+#if defined __AVX512F__
+constexpr int PART = 16;
+using Ints = int32_t __attribute__((vector_size(4 * PART)));
+static inline Ints widen(const uint8_t* from) {
+  return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+}
+static inline void store_clipped(Ints values, uint8_t* to) {
+  const __m512i clipped = _mm512_min_epi32(_mm512_max_epi32((__m512i)values, __m512i{}), _mm512_set1_epi32(255));
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(clipped));
+}
+#elif defined __AVX2__
+constexpr int PART = 8;
+using Ints = int32_t __attribute__((vector_size(4 * PART)));
+static inline Ints widen(const uint8_t* from) {
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+}
+static inline void store_clipped(Ints values, uint8_t* to) {
+  const __m256i sums = (__m256i)values;
+  const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(shorts, shorts));
+}
 #else
-static inline Ints widen(Bytes values) { return __builtin_convertvector(__builtin_convertvector(values, Shorts), Ints); }
-static inline Bytes narrow(Ints values) { return __builtin_convertvector(__builtin_convertvector(values, Shorts), Bytes); }
+constexpr int PART = 4;
+using Ints = int32_t __attribute__((vector_size(4 * PART)));
+static inline Ints widen(const uint8_t* from) { return Ints{from[0], from[1], from[2], from[3]}; }
+static inline void store_clipped(Ints values, uint8_t* to) {
+  for (int i = 0; i < PART; i++) to[i] = uint8_t(std::min(std::max(values[i], 0), 255));
+}
 #endif
 
 static double lanczos(double x) {
@@ -55,19 +76,16 @@ struct Taps {
     }
   }
 
-  // Weighted sum of vectors `stride` bytes apart, rounded and clipped to 8 bits.
-  Bytes apply(int x, const uint8_t* from, size_t stride) const {
-    Ints total = Ints{} + (1 << (PRECISION - 1));
+  // Weighted sums of `WIDTH` neighbouring values, rounded and clipped to 8 bits, over what is `stride` bytes apart.
+  template <int WIDTH>
+  void apply(int x, const uint8_t* from, size_t stride, uint8_t* to) const {
+    Ints totals[WIDTH / PART];
+    for (Ints& total : totals) total = Ints{} + (1 << (PRECISION - 1));
     const int* weight = &weights[size_t(x) * most];
-    for (int i = 0; i < count[x]; i++) {
-      Bytes values;
-      std::memcpy(&values, from + i * stride, sizeof values);
-      total += widen(values) * weight[i];
-    }
-    total >>= PRECISION;
-    total = total < 0 ? Ints{} : total;
-    total = total > 255 ? Ints{} + 255 : total;
-    return narrow(total);
+    for (int i = 0; i < count[x]; i++)
+      for (int part = 0; part < WIDTH / PART; part++)
+        totals[part] += widen(from + i * stride + part * PART) * weight[i];
+    for (int part = 0; part < WIDTH / PART; part++) store_clipped(totals[part] >> PRECISION, to + part * PART);
   }
 };
 
@@ -105,37 +123,34 @@ static void to_rows(const uint8_t* from, size_t width, int rows, uint8_t* to) {
   }
 }
 
-static void resize_rows(const uint8_t* from, int height, int width, int to_width, int channels, uint8_t* to) {
+template <int CHANNELS>
+static void resize_rows(const uint8_t* from, int height, int width, int to_width, uint8_t* to) {
+  constexpr int PIXEL = CHANNELS * LANES;
   const Taps taps(width, to_width);
-  const size_t line = size_t(width) * channels, to_line = size_t(to_width) * channels;
+  const size_t line = size_t(width) * CHANNELS, to_line = size_t(to_width) * CHANNELS;
   std::vector<uint8_t> columns(line * LANES), resized(to_line * LANES);
   for (int y = 0; y < height; y += LANES) {
     const int rows = std::min(LANES, height - y);
     to_columns(from + y * line, line, rows, columns.data());
     for (int x = 0; x < to_width; x++)
-      for (int c = 0; c < channels; c++) {
-        const uint8_t* start = &columns[(size_t(taps.first[x]) * channels + c) * LANES];
-        const Bytes values = taps.apply(x, start, size_t(channels) * LANES);
-        std::memcpy(&resized[(size_t(x) * channels + c) * LANES], &values, sizeof values);
-      }
+      taps.apply<PIXEL>(x, &columns[size_t(taps.first[x]) * PIXEL], PIXEL, &resized[size_t(x) * PIXEL]);
     to_rows(resized.data(), to_line, rows, to + y * to_line);
   }
 }
 
 static void resize_columns(const uint8_t* from, int height, size_t line, int to_height, uint8_t* to) {
+  constexpr int SPAN = 4 * LANES;
   const Taps taps(height, to_height);
-  std::vector<uint8_t> last(size_t(taps.most) * LANES);
+  std::vector<uint8_t> last(size_t(taps.most) * SPAN);
   for (int y = 0; y < to_height; y++) {
     const uint8_t* start = from + taps.first[y] * line;
     size_t x = 0;
-    for (; x + LANES <= line; x += LANES) {
-      const Bytes values = taps.apply(y, start + x, line);
-      std::memcpy(to + y * line + x, &values, sizeof values);
-    }
+    for (; x + SPAN <= line; x += SPAN) taps.apply<SPAN>(y, start + x, line, to + y * line + x);
     if (x == line) continue;
-    for (int i = 0; i < taps.count[y]; i++) std::memcpy(&last[size_t(i) * LANES], start + i * line + x, line - x);
-    const Bytes values = taps.apply(y, last.data(), LANES);
-    std::memcpy(to + y * line + x, &values, line - x);
+    for (int i = 0; i < taps.count[y]; i++) std::memcpy(&last[size_t(i) * SPAN], start + i * line + x, line - x);
+    uint8_t end[SPAN];
+    taps.apply<SPAN>(y, last.data(), SPAN, end);
+    std::memcpy(to + y * line + x, end, line - x);
   }
 }
 
@@ -146,7 +161,8 @@ static void resize_height(const uint8_t* from, int height, size_t line, int to_h
 
 static void resize_width(const uint8_t* from, int height, int width, int to_width, int channels, uint8_t* to) {
   if (width == to_width) std::memcpy(to, from, size_t(height) * width * channels);
-  else resize_rows(from, height, width, to_width, channels, to);
+  else if (channels == 1) resize_rows<1>(from, height, width, to_width, to);
+  else resize_rows<3>(from, height, width, to_width, to);
 }
 
 // Which pass comes first is Pillow's rule since version 13.
