@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 import tempfile
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from rich.console import Console
+from tars import tar_of
 from typer.testing import CliRunner
 
 from jobs import plan_profile, plan_survey
@@ -37,6 +37,8 @@ from smolvlm.processor import Processor
 
 CAPTION = Task("caption", "Describe this image.", max_new_tokens=8)
 OCR = Task("ocr", "Transcribe all text.", max_new_tokens=16)
+ON_CPU = EngineOptions()
+BLANK = Tiles(np.zeros((2, 4, 4, 3), np.uint8), 1, 1)
 Make = Callable[..., Plan]
 
 
@@ -44,16 +46,6 @@ def picture(width: int, height: int, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     rng = np.random.default_rng(width * 10_000 + height)
     Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def in_tar(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
     return buffer.getvalue()
 
 
@@ -68,30 +60,38 @@ def mixed(tmp_path: Path) -> Path:
         (folder / f"large-{number}.jpg").write_bytes(picture(300, 200 + number, "JPEG"))
     (folder / "broken-a.jpg").write_bytes(b"no image")
     (folder / "broken-b.png").write_bytes(picture(50, 50)[:-40])
-    twice = {"a.png": picture(20, 20), "b.png": picture(21, 20)}
-    (folder / "whole.tar").write_bytes(in_tar({f"{i}.png": picture(30, 20 + i) for i in range(12)}))
-    doubled = tarfile.open(folder / "doubled.tar", "w")  # noqa: SIM115
-    for name, data in [*twice.items(), ("a.png", twice["a.png"])]:
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        doubled.addfile(member, io.BytesIO(data))
-    doubled.close()
+    one, other = picture(20, 20), picture(21, 20)
+    (folder / "whole.tar").write_bytes(tar_of((f"{i}.png", picture(30, 20 + i)) for i in range(12)))
+    (folder / "doubled.tar").write_bytes(tar_of([("a.png", one), ("b.png", other), ("a.png", one)]))
     pq.write_table(pa.table({"image": [picture(25, 25 + i) for i in range(9)]}), folder / "cells.parquet")
     return folder
 
 
-def job_of(source: Path, checkpoint: Path, *tasks: Task, **options: object) -> Job:
+def job_of(source: Path, checkpoint: Path, *tasks: Task, engine: EngineOptions = ON_CPU) -> Job:
     output = Output(str(source.parent / "out"))
     model = Model(str(checkpoint), dtype="float32")
-    return Job("plan", Source(str(source)), output, model, tasks or (CAPTION,), **options)  # type: ignore[arg-type]
+    return Job("plan", Source(str(source)), output, model, tasks or (CAPTION,), engine=engine)
 
 
-def profile_of(job: Job, **changes: object) -> Profile:
-    lengths = tuple(TaskLength(task.prompt, task.max_new_tokens, 6.0, 0.5) for task in job.tasks)
-    figures = {"tile_s": 0.5, "output_token_s": 0.25, "rounds": 3, "spread": 0.0, "load_s": 20.0, "start_s": 36.0}
-    model = (job.model.id, job.model.revision, job.model.dtype, job.model.quantization)
-    made = Profile("NVIDIA H100 80GB HBM3", "cuda", *model, 256, **figures, lengths=lengths, version="0", torch="2")
-    return replace(made, **changes)  # type: ignore[arg-type]
+def profile_of(job: Job) -> Profile:
+    return Profile(
+        hardware="NVIDIA H100 80GB HBM3",
+        device="cuda",
+        model_id=job.model.id,
+        revision=job.model.revision,
+        dtype=job.model.dtype,
+        quantization=job.model.quantization,
+        sequences=256,
+        tile_s=0.5,
+        output_token_s=0.25,
+        rounds=3,
+        spread=0.0,
+        load_s=20.0,
+        start_s=36.0,
+        lengths=tuple(TaskLength(task.prompt, task.max_new_tokens, 6.0, 0.5) for task in job.tasks),
+        version="0",
+        torch="2",
+    )
 
 
 class TestSurvey:
@@ -202,7 +202,8 @@ class TestCalibration:
         made = calibrated(monkeypatch, job_of(mixed, mixed), noise={})
         assert made.tile_s == pytest.approx(0.05)
         assert made.output_token_s * 12 == pytest.approx(0.01 * 11)
-        assert (made.rounds, made.spread) == (3, pytest.approx(0.0, abs=1e-9))
+        assert made.rounds == 3
+        assert made.spread == pytest.approx(0.0, abs=1e-9)
 
     def test_a_round_beside_other_work_does_not_count(self, monkeypatch: pytest.MonkeyPatch, mixed: Path) -> None:
         made = calibrated(monkeypatch, job_of(mixed, mixed), noise={5: 3.0, 6: 7.0})
@@ -294,8 +295,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch, job: Job, noise: dict[int, float
     engine = ClockedEngine(noise)
     monkeypatch.setattr(plan_profile, "EngineWorker", SimpleNamespace(for_job=lambda _: engine))
     monkeypatch.setattr(plan_profile, "time", engine)
-    tiles = Tiles(np.zeros((2, 4, 4, 3), np.uint8), 1, 1)
-    return calibrate(replace(job, tasks=(OCR,)), [tiles], 7.5)
+    return calibrate(replace(job, tasks=(OCR,)), [BLANK], 7.5)
 
 
 class TestOutlook:
@@ -309,16 +309,15 @@ class TestOutlook:
         good = SampledImage(90.0, Prepared(width=8, height=8, format="PNG", num_tiles=4), 500, 300)
         error = prepared_error()
         images = (*[good] * 10, SampledImage(100.0, error, 500, 0))
-        sample = Sample(images, (), fetch_s=0.1, prepare_cpu_s=0.2)
+        sample = Sample(images, (BLANK,), fetch_s=0.1, prepare_cpu_s=0.2)
         found = Survey(1000, 1000, 500_000, Counter(), ())
         monkeypatch.setattr("jobs.plan.survey", lambda *_: found)
-        # Tiles only have to be there: the profile is recorded.
-        monkeypatch.setattr("jobs.plan.prepare_sample", lambda *_: replace(sample, tiles=("tiles",)))
+        monkeypatch.setattr("jobs.plan.prepare_sample", lambda *_: sample)
         job = job_of(mixed, mixed, engine=EngineOptions(gpus=1, replicas=(1, 8)))
         profile_of(job).save(tmp_path / "p.json")
 
-        def make(pool: Pool, job: Job = job, **figures: object) -> Plan:
-            return plan(job, pool, Figures(tmp_path / "p.json", **figures), 200, lambda _: None)  # type: ignore[arg-type]
+        def make(pool: Pool, job: Job = job, output_tokens: float | None = None) -> Plan:
+            return plan(job, pool, Figures(tmp_path / "p.json", None, output_tokens), 200, lambda _: None)
 
         return make
 
@@ -353,9 +352,9 @@ class TestOutlook:
         assert made(Pool(), job, output_tokens=40.0).output_tokens == Estimate(40.0)
 
     def test_a_person_sees_all_of_it(self, made: Make) -> None:
-        console = Console(file=io.StringIO(), width=100)
-        print_plan(made(Pool("h100", 8, None, 2.5)), console)
-        text = console.file.getvalue()
+        shown = io.StringIO()
+        print_plan(made(Pool("h100", 8, None, 2.5)), Console(file=shown, width=100))
+        text = shown.getvalue()
         for part in ("1,000 (0.0005 GB)", "PNG 100%", "10.00% (truncated 100)", "tiles per image: 4.0", "█ 100.0%"):
             assert part in text
         assert "8 × NVIDIA H100 80GB HBM3" in text
@@ -366,15 +365,15 @@ class TestOutlook:
         self, made: Make, mixed: Path, tmp_path: Path
     ) -> None:
         job = job_of(mixed, mixed, engine=EngineOptions(gpus=1, replicas=(1, 8)))
-        profile_of(job, spread=0.2, output_token_s=0.0).save(tmp_path / "p.json")
-        console = Console(file=io.StringIO(), width=200)
+        replace(profile_of(job), spread=0.2, output_token_s=0.0).save(tmp_path / "p.json")
+        shown = io.StringIO()
         found = made(Pool())
-        print_plan(found, console)
+        print_plan(found, Console(file=shown, width=200))
         noisy, short = to_json(found)["warnings"]
         assert "3 rounds leave ±40%" in noisy
         assert "their length counts for nothing" in short
         for warning in (noisy, short):
-            assert warning[:60] in console.file.getvalue()
+            assert warning[:60] in shown.getvalue()
 
 
 def prepared_error() -> Prepared:

@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from chromium import chromium, logged, needs_browser
 from finished import SCHEMA, TASKS, begin, commit, finish, row
 from PIL import Image
 from selenium import webdriver
@@ -28,7 +28,6 @@ from pipeline.errors import ConfigError
 from pipeline.lease import Holder
 from pipeline.storage import Location
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 EVIL = "</pre></article><script>alert(1)</script><img src=x onerror=alert(1)>&amp;'\"\u202e\u0000"
 IMAGES = 60
 LENGTH, LOOPS, UNSURE, GONE, BROKEN, DENIED = 5, 6, 7, 8, 9, range(10, 20)
@@ -241,24 +240,12 @@ class TestPlot:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    profile = tmp_path_factory.mktemp("chromium")
-    for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--window-size=1200,1000",
-        f"--user-data-dir={profile}",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        driver.set_window_size(1200, 1000)
+        yield driver
 
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver (Debian: chromium-driver)")
+@needs_browser
 def test_in_a_browser(output: Location, browser: webdriver.Chrome, tmp_path: Path) -> None:
     place = write(gather(output.uri, None, 5000, 0))
     browser.get(f"file://{place}")
@@ -273,7 +260,7 @@ def test_in_a_browser(output: Location, browser: webdriver.Chrome, tmp_path: Pat
         assert all(0 < width <= 176 + 2 for width in widths)
     ratio = browser.execute_script("return document.documentElement.scrollWidth / innerWidth")
     assert ratio <= 1
-    assert browser.get_log("browser") == []
+    assert logged(browser, "browser") == []
     browser.get(f"file://{place}#page-1")
     shot = Image.open(io.BytesIO(base64.b64decode(browser.get_screenshot_as_base64())))
     shot.save(tmp_path / "report.png")

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from waiting import wait_for
 
 from pipeline.decode_process import DecoderOptions
 from pipeline.decoder import MAX_CRASHES, Decoder, Prepared
@@ -39,7 +39,7 @@ def picture(seed: int, poison: str | None = None) -> bytes:
     return target.getvalue()
 
 
-def starts(decoder: Decoder) -> list[int]:
+def starts(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the lives of the decoder from now on."""
     lives: list[int] = []
     original = decoder._start
@@ -48,7 +48,7 @@ def starts(decoder: Decoder) -> list[int]:
         lives.append(1)
         return original()
 
-    decoder._start = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(decoder, "_start", counted)
     return lives
 
 
@@ -130,9 +130,11 @@ def test_bad_images_are_typed_errors_of_a_decoder_that_lives_on(decoder: Decoder
 
 
 @pytest.mark.parametrize(("kind", "position"), [("segfault", 0), ("hang", 4), ("exit", 8)])
-def test_poison_costs_three_lives_and_one_row(kind: str, position: int, closing: Closing) -> None:
+def test_poison_costs_three_lives_and_one_row(
+    kind: str, position: int, closing: Closing, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoder = closing(Decoder(options(timeout_s=1.0)))
-    lives = starts(decoder)
+    lives = starts(decoder, monkeypatch)
     images = [picture(i, kind if i == position else None) for i in range(9)]
     prepared, tiles = decoder.prepare(images)
     assert_like_in_process(images, prepared, tiles, bad={position})
@@ -206,10 +208,7 @@ time.sleep(60)
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 5
-    while is_alive(child) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not is_alive(child)
+    wait_for(lambda: not is_alive(child), 5)
 
 
 def test_options_survive_the_command_line() -> None:

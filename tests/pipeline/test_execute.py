@@ -1,13 +1,13 @@
 """The pools of a run grow under load and shrink without it, and no block is lost on the way."""
 
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import ray
+from waiting import wait_for
 
 from pipeline.execute import _data_context, _pool
 
@@ -24,7 +24,7 @@ class Source:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         if block["id"][0].as_py() >= UNTIL_GROWN:
-            wait_for(lambda: have_come(self._folder) >= MOST > alive(self._folder))
+            wait_for(lambda: have_come(self._folder) >= MOST > alive(self._folder), 300)
         return block
 
 
@@ -36,7 +36,7 @@ class Worker:
         (folder / str(os.getpid())).touch()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        wait_for(lambda: have_come(self._folder) >= MOST)
+        wait_for(lambda: have_come(self._folder) >= MOST, 300)
         return block
 
 
@@ -46,14 +46,6 @@ def have_come(folder: Path) -> int:
 
 def alive(folder: Path) -> int:
     return sum(Path("/proc", path.name).exists() for path in folder.iterdir())
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait, far longer than it takes on a busy machine."""
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline, "the pool stays as it is"
-        time.sleep(0.05)
 
 
 def test_a_pool_starts_with_its_smallest_size() -> None:

@@ -1,9 +1,7 @@
 """Fetching: few requests, right bytes, and each thing that cannot be read is its own row's error."""
 
-import io
 import json
 import os
-import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
+from tars import tar_of
 
 from pipeline import storage
 from pipeline.errors import RowError
@@ -40,11 +39,7 @@ def codes(found: list[Fetched]) -> list[str | None]:
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+    path.write_bytes(tar_of(members.items()))
 
 
 @pytest.fixture

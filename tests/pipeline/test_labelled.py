@@ -8,14 +8,14 @@ import pickle
 import random
 import subprocess
 import sys
-import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tars import tar_of
 
 from pipeline.errors import ConfigError, RowError, RowFailure
 from pipeline.job import Source
@@ -38,6 +38,10 @@ def picture(number: int) -> bytes:
 PICTURES = [picture(number) for number in range(COUNT)]
 
 
+def everything(source: LabelledSource) -> list[LabelledImage]:
+    return [source[index] for index in range(len(source))]
+
+
 def columns() -> dict[str, pa.Array]:
     return {"text": pa.array(TEXTS), "kind": pa.array(KINDS), "degraded": pa.array(DEGRADED)}
 
@@ -45,16 +49,6 @@ def columns() -> dict[str, pa.Array]:
 def parquet_bytes(table: Mapping[str, object], row_group_size: int = 5) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(pa.table(dict(table)), buffer, row_group_size=row_group_size)
-    return buffer.getvalue()
-
-
-def tar_bytes(members: Mapping[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
 
 
@@ -114,7 +108,7 @@ WRITERS: dict[str, Callable[[str, str | None], Source]] = {
 }
 
 
-def values(found: list[LabelledImage | RowError]) -> list[tuple[bytes, str, str, bool | None]]:
+def values(found: Sequence[LabelledImage | RowError]) -> list[tuple[bytes, str, str, bool | None]]:
     assert all(isinstance(each, LabelledImage) for each in found), found
     return [(each.data, each.text, each.kind, each.degraded) for each in found if isinstance(each, LabelledImage)]
 
@@ -128,7 +122,7 @@ class TestContents:
     @pytest.mark.parametrize("form", WRITERS)
     def test_local(self, form: str, tmp_path: Path) -> None:
         source = LabelledSource(WRITERS[form](str(tmp_path), None), ALL_COLUMNS)
-        assert values(list(source)) == EXPECTED
+        assert values(everything(source)) == EXPECTED
         assert values([source[-1]]) == EXPECTED[-1:]
         assert source.text(3) == TEXTS[3]
         shuffled = random.Random(3).choices(range(COUNT), k=60)
@@ -150,8 +144,8 @@ class TestContents:
                 f"x/{number:02}.txt": TEXTS[number].encode() + b"\n" * (number % 2),
             }
             members |= {f"x/{number:02}.PNG": PICTURES[number]}
-        put(str(tmp_path), {"data.tar": tar_bytes(members)})
-        put("s3://test/labelled-tar", {"data.tar": tar_bytes(members)}, s3)
+        put(str(tmp_path), {"data.tar": tar_of(members.items())})
+        put("s3://test/labelled-tar", {"data.tar": tar_of(members.items())}, s3)
         for root, endpoint in ((str(tmp_path), None), ("s3://test/labelled-tar", s3)):
             source = LabelledSource(Source(root, endpoint_url=endpoint))
             expected = [(PICTURES[number], TEXTS[number], "", None) for number in numbers]
@@ -199,7 +193,7 @@ class TestContents:
         table = {"image": pa.array(PICTURES[:3]), "text": pa.array(TEXTS[:3]), "year": pa.array([1999, None, 2001])}
         put(str(tmp_path), {"a.parquet": parquet_bytes(table)})
         source = LabelledSource(Source(str(tmp_path)), LabelColumns(kind="year"))
-        assert [image.kind for image in source] == ["1999", "", "2001"]
+        assert [image.kind for image in everything(source)] == ["1999", "", "2001"]
 
 
 class TestBadLabels:
@@ -253,17 +247,17 @@ class TestBadLabels:
         ],
     )
     def test_tars(self, members: dict[str, bytes], message: str, tmp_path: Path) -> None:
-        put(str(tmp_path), {"a.tar": tar_bytes(members)})
+        put(str(tmp_path), {"a.tar": tar_of(members.items())})
         with pytest.raises(ConfigError, match=message):
             LabelledSource(Source(str(tmp_path)))
 
     def test_a_tar_that_was_cut(self, tmp_path: Path) -> None:
-        put(str(tmp_path), {"a.tar": tar_bytes({"1.png": b"x", "1.txt": b"a"})[:2048]})
+        put(str(tmp_path), {"a.tar": tar_of({"1.png": b"x", "1.txt": b"a"}.items())[:2048]})
         with pytest.raises(ConfigError, match="cut after a whole member; mend the tar"):
             LabelledSource(Source(str(tmp_path)))
 
     def test_a_tar_has_no_columns(self, tmp_path: Path) -> None:
-        put(str(tmp_path), {"a.tar": tar_bytes({"1.png": b"x", "1.txt": b"a"})})
+        put(str(tmp_path), {"a.tar": tar_of({"1.png": b"x", "1.txt": b"a"}.items())})
         with pytest.raises(ConfigError, match="no other columns"):
             LabelledSource(Source(str(tmp_path)), LabelColumns(kind="kind"))
 

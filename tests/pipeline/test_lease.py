@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_for
 
 from pipeline import lease as module
 from pipeline.errors import LeaseHeld, LeaseLost
@@ -97,10 +98,7 @@ def test_a_killed_driver_that_nobody_reaped_counts_as_dead() -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     assert module._is_running(process.pid)
     process.kill()
-    deadline = time.monotonic() + 5
-    while module._is_running(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not module._is_running(process.pid)
+    wait_for(lambda: not module._is_running(process.pid), 5)
     process.wait()
 
 
@@ -128,10 +126,7 @@ def test_the_fence_stops_a_driver_that_was_overtaken(destination: Location, monk
         put_holder(destination, 2)
         with pytest.raises(LeaseLost, match=r"lease 2 was taken.*holds 1"):
             lease.fence.check()
-        deadline = time.monotonic() + 10
-        while not lease.lost and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert lease.lost
+        wait_for(lambda: lease.lost, 10)
     assert not holder(destination, 1).released  # it no longer writes anything
     assert not holder(destination, 2).released
 
@@ -140,10 +135,7 @@ def test_the_heartbeat_says_that_the_driver_lives(destination: Location, monkeyp
     monkeypatch.setattr(module, "HEARTBEAT_S", 0.05)
     with Lease(destination):
         first = holder(destination, 1).beat_at
-        deadline = time.monotonic() + 10
-        while holder(destination, 1).beat_at == first and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert holder(destination, 1).beat_at > first
+        wait_for(lambda: holder(destination, 1).beat_at > first, 10)
 
 
 def test_the_heartbeat_outlives_faults_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,10 +155,7 @@ def test_the_heartbeat_outlives_faults_of_the_store(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Fence, "check", flaky)
     with Lease(Location(str(tmp_path))) as lease:
         first = holder(Location(str(tmp_path)), 1).beat_at
-        deadline = time.monotonic() + 10
-        while holder(Location(str(tmp_path)), 1).beat_at == first and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert holder(Location(str(tmp_path)), 1).beat_at > first
+        wait_for(lambda: holder(Location(str(tmp_path)), 1).beat_at > first, 10)
         assert len(failures) == 3
         assert not lease.lost
 

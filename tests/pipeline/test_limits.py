@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -27,9 +28,9 @@ def in_seconds(seconds: float) -> str:
     return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
 
 
-def job(**limits: object) -> Job:
+def job(**limits: Any) -> Job:
     base = Job("x", Source("in"), Output("out"), Model("m", "a" * 40), (Task("caption", "?"),))
-    return replace(base, engine=EngineOptions(replicas=(1, 4)), limits=Limits(**limits))  # type: ignore[arg-type]
+    return replace(base, engine=EngineOptions(replicas=(1, 4)), limits=Limits(**limits))
 
 
 def run_of(hours: float, hourly: float) -> Holder:
@@ -84,8 +85,8 @@ def test_runs_stop_at_limits_and_go_on(tmp_path: Path, tiny_checkpoint: Path, ra
     source, output = Source(str(tmp_path / "in")), Output(str(tmp_path / "out"), rows_per_file=4)
     base = Job("limits", source, output, Model(str(tiny_checkpoint)), (Task("caption", "?"),))
 
-    def limited(delay_s: float, **limits: object) -> tuple[int, str | None, bool]:
-        wanted = replace(base, limits=Limits(**limits))  # type: ignore[arg-type]
+    def limited(delay_s: float, **limits: Any) -> tuple[int, str | None, bool]:
+        wanted = replace(base, limits=Limits(**limits))
         done = run(wanted, answerer_factory=partial(PixelAnswerer, delay_s=delay_s))
         return done.rows, done.stopped_by, done.interrupted
 

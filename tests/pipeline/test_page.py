@@ -1,25 +1,22 @@
 """The page in a real browser: Chromium without a window, driven through its own driver."""
 
 import base64
-import io
-import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
+import numpy as np
 import pytest
+from chromium import chromium, logged, needs_browser
 from local_gateway import LocalEngines, data_url, png, running_gateway
+from page_browser import Browser, picture
 from PIL import Image, ImageChops
 from scripted_endpoint import Endpoint, endpoint
 from selenium import webdriver
-from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.wait import WebDriverWait
 
 from jobs.shortcuts import CAPTION, OCR
 from pipeline.endpoint.options import EndpointOptions
@@ -27,107 +24,17 @@ from pipeline.engine_worker import EngineWorker
 from pipeline.job import EngineOptions, Model
 from pipeline.page import load_page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver (Debian: chromium, chromium-driver)"
-)
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-DROP = """
-const [files, event, target] = arguments;
-const carried = new DataTransfer();
-for (const [name, type, data] of files) {
-  carried.items.add(new File([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], name, { type }));
-}
-const about = { bubbles: true, cancelable: true, dataTransfer: carried, clipboardData: carried };
-target.dispatchEvent(event === "drop" ? new DragEvent(event, about) : new ClipboardEvent(event, about));
-"""
-Picture = tuple[str, str, str]  # name, type, base64
-
-
-class Browser:
-    """What a person does on the page, and what they see."""
-
-    def __init__(self, driver: webdriver.Chrome) -> None:
-        self.driver = driver
-
-    def open(self, url: str, width: int = 1280, height: int = 860, scheme: str = "light") -> None:
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        scheme_feature = {"name": "prefers-color-scheme", "value": scheme}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme_feature]})
-        self.driver.get(f"{url}/")
-
-    def give(self, *pictures: Picture, event: str = "drop") -> None:
-        self.driver.execute_script(DROP, pictures, event, self.one("body"))
-
-    def one(self, selector: str) -> WebElement:
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
-
-    def all(self, selector: str) -> list[WebElement]:
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-    def click(self, selector: str) -> None:
-        self.one(selector).click()
-
-    def text(self, selector: str) -> str:
-        return self.one(selector).text
-
-    def wait_for(self, selector: str, text: str) -> None:
-        WebDriverWait(self.driver, 60, 0.02).until(
-            lambda _: text in " ".join(each.text for each in self.all(selector)),
-            f"{selector} never showed {text!r}",
-        )
-
-    def wait_until_answered(self) -> None:
-        WebDriverWait(self.driver, 60, 0.02).until(lambda _: self.all("article") and not self.all("[aria-busy]"))
-
-    def costs(self) -> dict[str, str]:
-        """The numbers under the newest answer by their names."""
-        newest = self.one("article")
-        names, values = (newest.find_elements(By.TAG_NAME, tag) for tag in ("dt", "dd"))
-        return {name.text: value.text for name, value in zip(names, values, strict=True)}
-
-    def console(self) -> list[str]:
-        """What the page complained of, favicon and policy included."""
-        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
-
-    def hosts(self) -> set[str]:
-        """Every host that any request of this page went to."""
-        messages = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
-        sent = (each["params"] for each in messages if each["method"] == "Network.requestWillBeSent")
-        urls = [urlsplit(each["request"]["url"]) for each in sent if each["documentURL"].startswith("http")]
-        return {url.netloc for url in urls if url.scheme not in ("data", "blob")}
-
-    def screenshot(self) -> Image.Image:
-        return Image.open(io.BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")
-
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 @pytest.fixture
 def browser(driver: webdriver.Chrome) -> Iterator[Browser]:
-    for log in ("browser", "performance"):
-        driver.get_log(log)
+    for kind in ("browser", "performance"):
+        logged(driver, kind)  # what earlier tests left there
     yield Browser(driver)
     driver.get("about:blank")
 
@@ -136,10 +43,6 @@ def browser(driver: webdriver.Chrome) -> Iterator[Browser]:
 def server() -> Iterator[Endpoint]:
     with endpoint() as served:
         yield served
-
-
-def picture(name: str = "cats.png", size: tuple[int, int] = (160, 120), color: str = "teal") -> Picture:
-    return name, "image/png", base64.b64encode(png(*size, color)).decode()
 
 
 def content(request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -388,8 +291,7 @@ def test_it_fits_a_phone_in_light_and_dark(browser: Browser, server: Endpoint, s
     browser.click("#caption")
     browser.wait_until_answered()
     assert browser.driver.execute_script("return document.documentElement.scrollWidth") == 360
-    grey = browser.screenshot().convert("L").getpixel((2, 2))
-    assert isinstance(grey, int)
+    grey = np.asarray(browser.screenshot().convert("L"))[2, 2]
     assert grey > 200 if scheme == "light" else grey < 50
     if "SCREENSHOTS" in os.environ:
         browser.screenshot().save(Path(os.environ["SCREENSHOTS"]) / f"phone_{scheme}.png")

@@ -1,18 +1,17 @@
 """Sources: every object of every kind becomes rows, in order, and what cannot be opened is a row with an error."""
 
 import csv
-import io
 import itertools
 import json
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tars import tar_of
 
 from pipeline import source as module
 from pipeline.archive import image_column
@@ -40,11 +39,7 @@ def write(root: Path, *names: str) -> None:
 
 
 def write_tar(path: Path, *names: str) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name in names:
-            info = tarfile.TarInfo(name)
-            info.size = len(name)
-            archive.addfile(info, io.BytesIO(name.encode()))
+    path.write_bytes(tar_of((name, name.encode()) for name in names))
 
 
 def write_parquet(path: Path, rows: int, column: str = "image", **more: pa.Array) -> None:
@@ -81,7 +76,9 @@ class TestPrefixes:
         ("kind", "expected"),
         [("images", {"a.jpg"}), ("webdataset", {"b.tar"}), ("parquet", {"c.parquet"})],
     )
-    def test_a_format_takes_its_kind_only(self, tmp_path: Path, kind: Any, expected: set[str]) -> None:
+    def test_a_format_takes_its_kind_only(
+        self, tmp_path: Path, kind: Literal["images", "webdataset", "parquet"], expected: set[str]
+    ) -> None:
         write(tmp_path, "a.jpg")
         write_tar(tmp_path / "b.tar", "1.jpg")
         write_parquet(tmp_path / "c.parquet", 2)

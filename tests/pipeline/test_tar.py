@@ -2,22 +2,14 @@
 
 import io
 import tarfile
+from typing import Literal
 
 import pytest
+from tars import tar_of
 
 from pipeline.tar import NotATar, TarCut, TarMember, tar_members
 
 _BLOCK = 512
-
-
-def make_tar(members: dict[str, bytes], tar_format: int = tarfile.PAX_FORMAT) -> bytes:
-    target = io.BytesIO()
-    with tarfile.open(fileobj=target, mode="w", format=tar_format) as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return target.getvalue()
 
 
 def read(data: bytes) -> tuple[list[TarMember], type[Exception] | None]:
@@ -35,7 +27,7 @@ MEMBERS = {"a.jpg": b"a" * 700, "b.jpg": b"b" * _BLOCK, "empty.jpg": b"", "c.jpg
 
 
 def test_members_lie_where_the_headers_say() -> None:
-    data = make_tar(MEMBERS)
+    data = tar_of(MEMBERS.items())
     found, ended = read(data)
     assert ended is None
     assert {m.name: data[m.offset : m.offset + m.size] for m in found} == MEMBERS
@@ -44,7 +36,7 @@ def test_members_lie_where_the_headers_say() -> None:
 
 @pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_every_cut_is_found_and_loses_no_whole_member(tar_format: int) -> None:
-    data = make_tar(MEMBERS, tar_format)
+    data = tar_of(MEMBERS.items(), tar_format)
     whole, _ = read(data)
     end_marker = data.rindex(b"c" * 3) + _BLOCK  # the block after the last member's only one
     for cut in range(end_marker + _BLOCK):
@@ -58,7 +50,7 @@ def test_every_cut_is_found_and_loses_no_whole_member(tar_format: int) -> None:
 @pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_long_and_unicode_names(tar_format: int) -> None:
     names = ["deep/" * 60 + "ü.png", "n" * 180 + ".jpg", "日本語.webp"]
-    data = make_tar({name: name.encode() for name in names}, tar_format)
+    data = tar_of(((name, name.encode()) for name in names), tar_format)
     found, ended = read(data)
     assert ended is None
     assert {m.name: data[m.offset : m.offset + m.size].decode() for m in found} == {name: name for name in names}
@@ -66,7 +58,7 @@ def test_long_and_unicode_names(tar_format: int) -> None:
 
 @pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_cuts_inside_long_name_headers_are_found(tar_format: int) -> None:
-    data = make_tar({"x.jpg": b"x", "n" * 300 + ".jpg": b"y"}, tar_format)
+    data = tar_of([("x.jpg", b"x"), ("n" * 300 + ".jpg", b"y")], tar_format)
     end = data.index(bytes(2 * _BLOCK), data.index(b"y" + bytes(20)) + _BLOCK - 1) // _BLOCK * _BLOCK
     for cut in range(_BLOCK, end, 64):
         found, ended = read(data[:cut])
@@ -97,13 +89,13 @@ def test_links_devices_and_directories_are_passed_over() -> None:
 
 
 def test_an_empty_archive_is_whole() -> None:
-    assert read(make_tar({})) == ([], None)
+    assert read(tar_of([])) == ([], None)
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
-def test_a_compressed_archive_is_not_read_as_a_tar(mode: str) -> None:
+def test_a_compressed_archive_is_not_read_as_a_tar(mode: Literal["w:gz", "w:bz2", "w:xz"]) -> None:
     target = io.BytesIO()
-    with tarfile.open(fileobj=target, mode=mode) as archive:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=target, mode=mode) as archive:
         archive.addfile(tarfile.TarInfo("a.jpg"), io.BytesIO())
     assert read(target.getvalue()) == ([], NotATar)
 
@@ -114,7 +106,7 @@ def test_other_bytes_are_not_a_tar(data: bytes) -> None:
 
 
 def test_a_damaged_header_in_the_middle_is_a_cut() -> None:
-    data = bytearray(make_tar(MEMBERS))
+    data = bytearray(tar_of(MEMBERS.items()))
     header = bytes(data).index(b"b.jpg")
     data[header : header + _BLOCK] = b"\x7f" * _BLOCK
     found, ended = read(bytes(data))

@@ -1,7 +1,5 @@
 """The native functions against the definition, on random shapes; skipped where they cannot be built."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,13 +13,6 @@ HEAD_DIM = 64
 needs_native = pytest.mark.skipif(native_library("attention") is None, reason="no C++ compiler")
 needs_bfloat16 = pytest.mark.skipif(_dense_library() is None, reason="no bfloat16 vector instructions, or AMX")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def _definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Blocks in 8-bit integers: logits and answers of real weights, the bundled model's, stay near those of float32."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,11 +26,8 @@ LEAST_AGREEMENT = 0.95  # of the answers' tokens, up to the first that differs
 
 
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
+def one_thread(threads_given_back: None) -> None:
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import ctypes
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,6 @@ from smolvlm.text import rotate
 needs_int8 = pytest.mark.skipif(not has_int8(), reason="no C++ compiler, or no AVX2")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 SIZES = st.sampled_from([16, 48, 64, 80, 128, 208])
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def rounded(x: Tensor) -> Tensor:

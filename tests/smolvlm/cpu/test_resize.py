@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from smolvlm.cpu.build import native_library
@@ -31,13 +31,28 @@ def test_it_is_pillows(before: tuple[int, int], after: tuple[int, int], channels
         pixels = (pixels > 127).astype(np.uint8) * 255
     resized = lanczos(pixels, after)
     assert resized.shape == (after[1], after[0], channels)
-    assert np.array_equal(resized, _pillow(pixels, after))
+    assert np.array_equal(resized, _pillow(pixels, after, (0, 0, *before)))
+
+
+@needs_native
+@settings(max_examples=150, deadline=None)
+@given(st.tuples(SIDES, SIDES), st.tuples(SIDES, SIDES), st.lists(st.floats(0, 1), min_size=4, max_size=4))
+@example((60, 40), (60, 40), [0.01, 0, 1, 1])  # the size stays, the pixels move
+@example((60, 40), (60, 40), [0, 0, 1, 0.99])
+def test_a_box_is_pillows(before: tuple[int, int], after: tuple[int, int], shares: list[float]) -> None:
+    pixels = np.random.default_rng(before).integers(0, 256, (before[1], before[0], 3), dtype=np.uint8)
+    (left, right), (top, bottom) = (
+        [share * side for share in sorted(shares[axis::2])] for axis, side in enumerate(before)
+    )
+    assume(right - left > 0.01 and bottom - top > 0.01)
+    box = (left, top, right, bottom)
+    assert np.array_equal(lanczos(pixels, after, box), _pillow(pixels, after, box))
 
 
 @needs_native
 def test_pixels_need_not_lie_in_one_run() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)[::2, ::3]
-    assert np.array_equal(lanczos(pixels, (32, 48)), _pillow(pixels, (32, 48)))
+    assert np.array_equal(lanczos(pixels, (32, 48)), _pillow(pixels, (32, 48), (0, 0, 20, 20)))
 
 
 def test_decoders_start_without_torch() -> None:
