@@ -46,7 +46,7 @@ def ray_cluster(s3: str) -> Iterator[str]:
     """Run Ray with two CPUs, workers inheriting the S3 credentials, and return its address."""
     import ray
 
-    context = ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    yield str(context.address_info["address"])
+    yield str(ray.get_runtime_context().gcs_address)
     ray.shutdown()

@@ -214,9 +214,9 @@ class TestMetrics:
     @staticmethod
     def of_the_endpoint() -> set[str]:
         classes = {"running": 0, "waiting": 0}
-        figures = {"alive": True, "occupancy": 0.0, "kv_use": 0.0, "steps": 0, "prompt_tokens": 0}
-        figures |= {"generated_tokens": 0, "online": classes, "batch": classes}
-        status = EngineStatus("engine", 1, Model("m"), figures, 0, 0)
+        load = {"alive": True, "occupancy": 0.0, "kv_use": 0.0, "online": classes, "batch": classes}
+        done = {"steps": 0, "prompt_tokens": 0, "generated_tokens": 0}
+        status = EngineStatus("engine", 1, Model("m"), load | done, 0, 0)
         text = Metrics().render([status]).decode()
         families = re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE)
         return {f"{name}_bucket" if kind == "histogram" else name for name, kind in families}

@@ -1,5 +1,6 @@
 import io
 import json
+import time
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def summary(**changes: Any) -> Summary:
 
 def test_lines_are_spaced_and_the_last_state_is_never_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     stream = io.StringIO()
     with display(stream) as shown:
         for second in range(5):

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ def test_one_task_is_a_valid_job(task: dict[str, Any]) -> None:
     assert len(job.model.revision or "") == 40
 
 
-def test_a_gpu_is_used_where_a_driver_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_a_gpu_is_used_where_a_driver_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for path, gpus in ((tmp_path, 1), (tmp_path / "none", 0)):
         monkeypatch.setattr(shortcuts, "_NVIDIA_DRIVER", path)
         assert one_task(CAPTION, "in", "out")["engine"] == {"gpus": gpus}

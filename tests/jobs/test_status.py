@@ -13,7 +13,7 @@ from finished import begin, commit, finish, make_job, row
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.status import images_per_s, shards_done, status
+from jobs.status import Status, images_per_s, shards_done, status
 from pipeline import ranges
 from pipeline.claim import claim
 from pipeline.commit import Commit
@@ -39,7 +39,9 @@ def put_rows(destination: Location, numbers: range, at: float, errors: tuple[int
 
 
 def test_from_claim_to_success(destination: Location) -> None:
-    look = lambda: status(destination.uri, destination.endpoint_url)  # noqa: E731
+    def look() -> Status:
+        return status(destination.uri, destination.endpoint_url)
+
     with pytest.raises(ConfigError, match=r"no _job\.json"):
         look()
     with Lease(destination):

@@ -14,7 +14,7 @@ from smolvlm.training.plan import Evaluation, LabelledData, Losses, Optimizer, S
 
 SHA = "7e3e67edbbed1bf9888184d9df282b700a323964"
 EXAMPLES = sorted((Path(training_file.__file__).parent / "examples").glob("train_*.yaml"))
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -22,7 +22,7 @@ VISION = {
     "image_size": 64,
     "patch_size": 8,
 }
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,

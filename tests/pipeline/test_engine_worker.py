@@ -1,7 +1,7 @@
 """The worker that batch jobs and the endpoint share: same answers either way, and what it does when the engine dies."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def worker(tiny_checkpoint: Path) -> Iterator[EngineWorker]:
 
 
 @pytest.fixture
-def mortal(tiny_checkpoint: Path) -> Iterator[EngineWorker]:
+def mortal(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineWorker]:
     """A worker whose engine breaks at its twentieth step."""
     worker = EngineWorker(Model(str(tiny_checkpoint), dtype="float32"), EngineOptions(threads=1))
     original, steps = worker._loop.engine.step, 0
@@ -39,7 +39,7 @@ def mortal(tiny_checkpoint: Path) -> Iterator[EngineWorker]:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return original()
 
-    worker._loop.engine.step = step  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(worker._loop.engine, "step", step)
     yield worker
     worker.close()
 
@@ -124,15 +124,15 @@ def test_status_counts_both_kinds(worker: EngineWorker, processor: Processor) ->
 
 
 def test_a_dying_engine_is_told_to_everyone(mortal: EngineWorker, processor: Processor) -> None:
-    async def both() -> list[object]:
+    async def both() -> Sequence[object]:
         request = EngineRequest(question(processor), 200)
         calls = (events(mortal, request), mortal.answer([Row(tiles(), Task("t", "?", max_new_tokens=200), 0)]))
         return await asyncio.gather(*calls, return_exceptions=True)
 
-    assert mortal.is_alive
+    was_alive = mortal.is_alive
     for outcome in asyncio.run(both()):
         assert isinstance(outcome, EngineUnavailable)
-    assert not mortal.is_alive
+    assert (was_alive, mortal.is_alive) == (True, False)
     with pytest.raises(EngineUnavailable):
         asyncio.run(events(mortal, EngineRequest(question(processor), 3)))
     with pytest.raises(EngineUnavailable):

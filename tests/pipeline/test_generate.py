@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,11 +30,12 @@ CONFIG = ImageConfig(tile_size=32, longest_edge=64, do_image_splitting=True, mea
 TASKS = (Task("caption", "Describe."), Task("ocr", "refuse dark images"), Task("mood", "Mood?", temperature=0.5))
 
 
-class Tally:
-    """Counts as `Control` does, on a board without an actor."""
+class Tally(Control):
+    """Counts on a board without an actor."""
 
     def __init__(self) -> None:
         self.board = Board()
+        super().__init__(self.board)
         self.draining = False
 
     @property
@@ -103,7 +104,7 @@ def block(job: Job) -> pa.Table:
 
 @pytest.fixture
 def worker(job: Job, tally: Tally) -> Iterator[PrepareWorker]:
-    worker = PrepareWorker(job, CONFIG, cast(Control, tally), max_workers=2)
+    worker = PrepareWorker(job, CONFIG, tally, max_workers=2)
     yield worker
     worker._decoder.close()
 
@@ -167,7 +168,7 @@ def test_what_fails_before_decoding_is_a_row_too(worker: PrepareWorker, block: p
 def test_after_generate_the_tiles_are_gone(
     worker: PrepareWorker, block: pa.Table, job: Job, images: dict[str, bytes], tally: Tally
 ) -> None:
-    table = GenerateWorker(job, PixelAnswerer, cast(Control, tally))(worker(block))
+    table = GenerateWorker(job, PixelAnswerer, tally)(worker(block))
     assert table.schema == output_schema(TASKS)
     assert not {"tiles", "grid_rows", "grid_cols"} & set(table.schema.names)
     assert table.nbytes < 10_000
@@ -189,17 +190,17 @@ def test_sampled_text_follows_the_row_not_its_block(
     worker: PrepareWorker, block: pa.Table, job: Job, tally: Tally
 ) -> None:
     prepared = worker(block)
-    generate = GenerateWorker(job, PixelAnswerer, cast(Control, tally))
+    generate = GenerateWorker(job, PixelAnswerer, tally)
     whole = generate(prepared)["mood"].to_pylist()
     parts = [generate(prepared.slice(i, n))["mood"].to_pylist() for i, n in ((0, 2), (2, 5), (7, 2))]
     assert [answer for part in parts for answer in part] == whole
-    other = GenerateWorker(replace(job, seed=1), PixelAnswerer, cast(Control, tally))(prepared)["mood"].to_pylist()
+    other = GenerateWorker(replace(job, seed=1), PixelAnswerer, tally)(prepared)["mood"].to_pylist()
     assert sum(a != b for a, b in zip(whole[:7], other[:7], strict=True)) >= 6
     assert len({answer["text"].rpartition(" ")[2] for answer in whole[:7]}) >= 6  # and each row has its own seed
 
 
 def test_an_empty_block_passes(job: Job, tally: Tally) -> None:
-    generate = GenerateWorker(job, PixelAnswerer, cast(Control, tally))
+    generate = GenerateWorker(job, PixelAnswerer, tally)
     assert generate(PREPARED_SCHEMA.empty_table()) == output_schema(TASKS).empty_table()
 
 
@@ -228,7 +229,7 @@ def test_a_broken_engine_ends_its_process_and_answers_nothing(
         raise SystemExit(code)
 
     monkeypatch.setattr(os, "_exit", exit_now)
-    generate = GenerateWorker(replace(job, tasks=TASKS[:1]), Dying, cast(Control, tally))
+    generate = GenerateWorker(replace(job, tasks=TASKS[:1]), Dying, tally)
     prepared = worker(block)
     with pytest.raises(SystemExit, match="1"):
         generate(prepared)

@@ -41,7 +41,12 @@ def on_cluster(monkeypatch: pytest.MonkeyPatch, cpus: float, gpus: float = 0) ->
 def with_autoscaler(monkeypatch: pytest.MonkeyPatch, answer: bool) -> list[list[Bundle]]:
     """Let the autoscaler answer, and return what it is asked."""
     asked: list[list[Bundle]] = []
-    monkeypatch.setattr(resources, "can_bring", lambda bundles: asked.append(bundles) or answer)
+
+    def can_bring(bundles: list[Bundle]) -> bool:
+        asked.append(bundles)
+        return answer
+
+    monkeypatch.setattr(resources, "can_bring", can_bring)
     return asked
 
 

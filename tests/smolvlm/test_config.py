@@ -37,7 +37,13 @@ def rewrite(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
         ("2.2b-v2", (384, 14, 1152, 4304, 27, 16), (2048, 8192, 24, 32, 32, 1.3e5), (384, 1536), (3, 81)),
     ],
 )
-def test_published_configs(name: str, vision: Any, text: Any, image: Any, sequence: Any) -> None:
+def test_published_configs(
+    name: str,
+    vision: tuple[int, ...],
+    text: tuple[int, int, int, int, int, float],
+    image: tuple[int, int],
+    sequence: tuple[int, int],
+) -> None:
     if not DATA.exists():
         pytest.skip("the published configs are not beside this checkout")
     config = ModelConfig.from_pretrained(DATA / name)

@@ -120,7 +120,7 @@ def test_text_alone_and_whole_conversations(ask: Callable[..., ChatCompletion]) 
     assert [tile["rows"] for tile in extension(one)["tiles"]] == [0, 3]
 
 
-def test_image_tokens_are_prompt_tokens(ask: Callable[..., ChatCompletion], options: EndpointOptions) -> None:
+def test_image_tokens_are_prompt_tokens(ask: Callable[..., ChatCompletion]) -> None:
     counts = [ask(user(*[image()] * n, text("?")), max_tokens=1).usage for n in range(1, 5)]
     used = [usage.prompt_tokens for usage in counts if usage is not None]
     assert len(set(used)) == 4

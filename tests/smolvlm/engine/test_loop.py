@@ -56,7 +56,7 @@ def test_an_idle_loop_sleeps_and_wakes_up(loop: EngineLoop, question: ModelInput
     assert loop.submit(question, GREEDY).result(30).output_tokens == 8
 
 
-def test_cancelling_a_future_aborts_its_sequence(loop: EngineLoop, engine: Engine, question: ModelInput) -> None:
+def test_cancelling_a_future_aborts_its_sequence(loop: EngineLoop, question: ModelInput) -> None:
     futures = [loop.submit(question, LONG) for _ in range(6)]
     assert all(future.cancel() for future in futures[::2])
     assert wait(futures[::2], timeout=30).not_done == set()

@@ -144,9 +144,7 @@ def test_one_that_waits_for_a_common_beginning_goes_on_alone_if_that_is_aborted(
     assert second.token_ids == _alone(plain, make_input(image, text="Text?"))
 
 
-def test_online_prompts_outlive_batch_work(
-    engine: Engine, work: Work, make_input: MakeInput, make_tiles: MakeTiles
-) -> None:
+def test_online_prompts_outlive_batch_work(engine: Engine, make_input: MakeInput, make_tiles: MakeTiles) -> None:
     prompt = make_input(make_tiles(2, 3, seed=1))
     _answer(engine, prompt)
     fill = engine.scheduler.blocks.num_blocks * BLOCK // engine.max_tokens + 2

@@ -51,7 +51,7 @@ def test_the_last_two_are_kept_and_nothing_half_written_counts(plan_of: MakePlan
 
 
 def test_an_error_while_saving_leaves_what_was_there(
-    plan_of: MakePlan, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = SmolVLM.from_pretrained(fresh)
     folder = save_model(model, fresh, tmp_path / "model")

@@ -74,7 +74,7 @@ def test_the_glyph_loss_counts_blanks_for_little(objective: Objective, make: Exa
     assert all(parameter.grad is None for parameter in objective.model.text.parameters())
 
 
-def test_the_reading_loss_is_that_of_the_first_head(make: ExampleMaker) -> None:
+def test_the_reading_loss_is_that_of_the_first_head() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, 2))
     targets = torch.tensor([[NO_TARGET, 0, 2, NO_TARGET, 1], [NO_TARGET, NO_TARGET, 1, 3, 3]])
