@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from smolvlm.config import ImageConfig
 from smolvlm.cpu.build import native_library
-from smolvlm.image import ImageError, ImageLimits, ImagePolicy, Tiles, decode_image, split_image
+from smolvlm.image import ImageError, ImageLimits, ImagePolicy, Tiles, decode_image, split_decoded
 
 NEW_BATCH = 1 << 63
 READY = b"ready\n"
@@ -92,9 +92,9 @@ def _decode(data: bytes, options: DecoderOptions, policy: ImagePolicy) -> tuple[
     # The default action of SIGALRM ends the process, even in the middle of a C call: a hang becomes a death.
     signal.setitimer(signal.ITIMER_REAL, options.timeout_s)
     try:
-        decoded = decode_image(data, options.limits)
+        decoded = decode_image(data, options.limits, policy.needed(options.config))
         answer |= {"width": decoded.width, "height": decoded.height, "format": decoded.format}
-        tiles = split_image(decoded.image, options.config, policy)
+        tiles = split_decoded(decoded, options.config, policy)
     except Exception as error:  # whatever a codec raises is this image's error, not the batch's
         return answer | _failure(error, options), None
     finally:

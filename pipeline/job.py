@@ -67,6 +67,9 @@ class ImageOptions:
     longest_edge: Annotated[int, Interval(gt=0, le=4096)] | None = None
     upscale: bool = True
     splitting: bool | None = None
+    fast: bool = False
+    """Prepare images sooner, with slightly different pixels in the same tiles: JPEGs are decoded no larger than needed,
+    and resized once."""
     max_pixels: Annotated[int, Interval(gt=0, le=178_956_970)] = 50_000_000
     """Larger images are refused from their header; the decoding library itself stops at 178,956,970."""
     max_bytes: Annotated[int, Gt(0)] = 100_000_000
@@ -129,6 +132,9 @@ class Job:
 
         Sizes of pools, files and batches, and limits, are left out: they change how a job runs, never what it writes.
         """
+        image = asdict(self.image)
+        if not self.image.fast:
+            del image["fast"]  # outputs that were begun before there was this option go on
         content = {
             "schema_version": SCHEMA_VERSION,
             "source": {
@@ -139,7 +145,7 @@ class Job:
             },
             "model": asdict(self.model),
             "tasks": {task.name: asdict(task) for task in self.tasks},
-            "image": {key: value for key, value in asdict(self.image).items() if key != "timeout_s"},
+            "image": {key: value for key, value in image.items() if key != "timeout_s"},
             "limit": self.limit,
             "seed": self.seed,
         }

@@ -24,7 +24,9 @@ def decoder_options(
     """Return what the decoder process must know of the images' treatment and the checkpoint."""
     return DecoderOptions(
         config=config,
-        policy=ImagePolicy(longest_edge=image.longest_edge, upscale=image.upscale, image_splitting=image.splitting),
+        policy=ImagePolicy(
+            longest_edge=image.longest_edge, upscale=image.upscale, image_splitting=image.splitting, fast=image.fast
+        ),
         limits=ImageLimits(max_pixels=image.max_pixels, max_bytes=image.max_bytes),
         timeout_s=image.timeout_s,
         memory_bytes=memory_bytes,

@@ -3,6 +3,8 @@
     decode_image: bytes → RGB   limits from the header, EXIF orientation, first frame only
     split_image:  RGB → Tiles   resize and split, byte-equal to transformers' `Idefics3ImageProcessorPil`
 
+A `fast` policy makes the same grid of tiles sooner, of slightly different pixels.
+
 Needs numpy and pillow only: decoder processes import this module and must start fast.
 
 Two rules, since libraries differ: an EXIF orientation is applied to files and never to PIL objects; transparency is
@@ -15,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -22,8 +25,10 @@ import numpy.typing as npt
 from PIL import Image, ImageChops
 
 from smolvlm.config import ImageConfig
-from smolvlm.cpu.resize import lanczos
+from smolvlm.cpu.resize import Box, lanczos
 from smolvlm.formats import ALLOWED, is_truncated, sniff
+from smolvlm.reduce import Needed, Size, reduce_jpeg
+from smolvlm.rgb import to_rgb
 from smolvlm.tiling import first_size, largest_edge, whole_tiles
 
 Code = Literal[
@@ -32,7 +37,6 @@ Code = Literal[
 UInt8 = npt.NDArray[np.uint8]
 
 ORIENTATION = 0x0112
-FLOAT32_MAX, FLOAT32_TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -82,13 +86,15 @@ class ImagePolicy:
 
     `longest_edge` (pixels) replaces the checkpoint's; `upscale=False` never enlarges the longest edge, so that a small
     image makes few tiles; `image_splitting` None is the checkpoint's own choice. `max_tiles` lowers the longest edge of
-    each image as far as its tiles, the global one among them, need it.
+    each image as far as its tiles, the global one among them, need it. `fast` lets `decode_image` reduce JPEGs and
+    resizes once where the checkpoint's rule resizes twice: the same grid, other pixels.
     """
 
     longest_edge: int | None = None
     upscale: bool = True
     image_splitting: bool | None = None
     max_tiles: int | None = None
+    fast: bool = False
 
     def __post_init__(self) -> None:
         if self.longest_edge is not None and self.longest_edge < 1:
@@ -103,6 +109,20 @@ class ImagePolicy:
             return edge
         return largest_edge(width, height, config.tile_size, edge, self.upscale, self.max_tiles)
 
+    def sizes(self, width: int, height: int, config: ImageConfig) -> tuple[Size, Size]:
+        """The (width, height) that an image of this size is resized to first, and then, whole tiles, to be cut."""
+        first = first_size(width, height, self.edge_for(width, height, config), self.upscale)
+        splitting = config.do_image_splitting if self.image_splitting is None else self.image_splitting
+        return first, whole_tiles(*first, config.tile_size) if splitting else (config.tile_size, config.tile_size)
+
+    def needed(self, config: ImageConfig) -> Needed | None:
+        """How far `decode_image` may reduce a picture; None where each of its pixels counts."""
+        return partial(self._needed, config) if self.fast else None
+
+    def _needed(self, config: ImageConfig, width: int, height: int) -> Size:
+        first, last = self.sizes(width, height, config)
+        return min(first[0], last[0]), min(first[1], last[1])
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -116,25 +136,30 @@ class Tiles:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """A decoded file: an RGB image, upright; `width` and `height` are those of `image`; `format` as Pillow names it."""
+    """A decoded file: an RGB image, upright; `format` as Pillow names it; `width` and `height` of the picture upright.
+
+    The picture is what `box` covers of `image`: all of it, in its own size, unless it was reduced.
+    """
 
     image: Image.Image
     format: str
     width: int
     height: int
+    box: Box
 
 
-def decode_image(data: bytes, limits: ImageLimits = ImageLimits()) -> DecodedImage:
+def decode_image(data: bytes, limits: ImageLimits = ImageLimits(), needed: Needed | None = None) -> DecodedImage:
     """Decode a JPEG, PNG, WebP, GIF, TIFF or BMP file: first frame, EXIF orientation applied, RGB.
 
     Raises ImageError and nothing else. Limits are checked on the header, before any pixel is decoded. A file that lacks
     its end is `truncated` even where Pillow could show what is there: rows of it may be missing. Damage inside a
-    complete file is `decode_failed`. Broken EXIF is ignored.
+    complete file is `decode_failed`. Broken EXIF is ignored. With `needed` a JPEG may come out reduced, for
+    `split_decoded`; limits and the size given are those of the file.
     """
     kind = _admit(data, limits)
     try:
         with quiet_pillow():
-            return _decode(data, kind, limits)
+            return _decode(data, kind, limits, needed)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -159,7 +184,7 @@ def _admit(data: bytes, limits: ImageLimits) -> str:
     return kind
 
 
-def _decode(data: bytes, kind: str, limits: ImageLimits) -> DecodedImage:
+def _decode(data: bytes, kind: str, limits: ImageLimits, needed: Needed | None) -> DecodedImage:
     image = _open(data, kind)
     width, height = image.size
     if width * height > limits.max_pixels:
@@ -168,9 +193,18 @@ def _decode(data: bytes, kind: str, limits: ImageLimits) -> DecodedImage:
         raise ImageError("truncated", f"the {kind} file ends after {len(data)} bytes, before its image does")
     if width * height == 0:
         raise ImageError("decode_failed", f"the {kind} image is {width}×{height} pixels")
+    if needed is not None and kind == "JPEG":
+        return _decode_reduced(image, needed)
     image.load()
-    upright = _upright(to_rgb(image), image)
-    return DecodedImage(upright, kind, *upright.size)
+    upright = _upright(to_rgb(image), _orientation(image))
+    return DecodedImage(upright, kind, *upright.size, box=(0, 0, *upright.size))
+
+
+def _decode_reduced(image: Image.Image, needed: Needed) -> DecodedImage:
+    orientation = _orientation(image)
+    size, box = reduce_jpeg(image, needed, orientation)
+    image.load()
+    return DecodedImage(_upright(to_rgb(image), orientation), "JPEG", *size, box)
 
 
 def _open(data: bytes, kind: str) -> Image.Image:
@@ -185,53 +219,17 @@ def _open(data: bytes, kind: str) -> Image.Image:
         raise
 
 
-def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8."""
     try:
-        orientation = source.getexif().get(ORIENTATION, 1)
+        orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # EXIF is an untyped blob that cameras and editors break in every way; the pixels are good
-        return image
-    method = TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+        return 1
+    return orientation if isinstance(orientation, int) and orientation in TRANSPOSE else 1
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Bring any Pillow mode to 8-bit RGB. Transparency is composited on white.
-
-    16-bit grey (I;16*) keeps its high byte. I and F carry no scale: F within 0..1 spans black to white, values within
-    0..255 stay as they are, those within 0..65535 are taken for 16-bit, all else is stretched from its minimum to its
-    maximum; NaN is black.
-    """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(image)).convert("RGB")
-    if image.mode == "La":  # Pillow knows no way from premultiplied grey to anything but LA
-        image = image.convert("LA")
-    if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
-        return _on_white(image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.getchannel("A").getextrema() == (255, 255):
-        return image.convert("RGB")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image).convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> UInt8:
-    values = np.asarray(image)
-    if image.mode.startswith("I;16"):
-        return (values >> 8).astype(np.uint8)
-    values = np.clip(np.nan_to_num(values.astype(np.float64)), -FLOAT32_MAX, FLOAT32_MAX)
-    low, high = values.min(), values.max()
-    if image.mode == "F" and low >= 0 and high <= 1:
-        values = values * 255
-    elif low < 0 or high > 65535:
-        values = (values - low) / max(high - low, FLOAT32_TINY) * 255  # a flat image is black
-    elif high > 255:
-        values = values / 257
-    return np.rint(values).astype(np.uint8)
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image if orientation == 1 else image.transpose(TRANSPOSE[orientation])
 
 
 def split_image(image: Image.Image, config: ImageConfig, policy: ImagePolicy = ImagePolicy()) -> Tiles:
@@ -240,15 +238,27 @@ def split_image(image: Image.Image, config: ImageConfig, policy: ImagePolicy = I
     Byte-equal to transformers' `Idefics3ImageProcessorPil` before its rescaling, with the checkpoint's own sizes: three
     LANCZOS resizes with 8-bit rounding between them. Raises ValueError for an image without pixels.
     """
-    if 0 in image.size:
-        raise ValueError(f"an image of {image.width}×{image.height} pixels cannot be split into tiles")
+    return _split(image, image.size, (0, 0, *image.size), config, policy)
+
+
+def split_decoded(decoded: DecodedImage, config: ImageConfig, policy: ImagePolicy = ImagePolicy()) -> Tiles:
+    """The same for a decoded file, which may be reduced: into the grid of the picture as it was."""
+    return _split(decoded.image, (decoded.width, decoded.height), decoded.box, config, policy)
+
+
+def _split(image: Image.Image, size: Size, box: Box, config: ImageConfig, policy: ImagePolicy) -> Tiles:
+    if 0 in size:
+        raise ValueError(f"an image of {size[0]}×{size[1]} pixels cannot be split into tiles")
     pixels, side = _as_array(_one_band_if_grey(image)), config.tile_size
-    pixels = _resize(pixels, first_size(*image.size, policy.edge_for(*image.size, config), policy.upscale))
-    splitting = config.do_image_splitting if policy.image_splitting is None else policy.image_splitting
-    if not splitting:
-        return _single(pixels, side)
-    pixels = _resize(pixels, whole_tiles(pixels.shape[1], pixels.shape[0], side))
-    return _single(pixels, side) if pixels.shape[:2] == (side, side) else _cut(pixels, side)
+    first, last = policy.sizes(*size, config)
+    if not policy.fast:
+        pixels, box = _resize(pixels, first, box), (0, 0, *first)
+    if last == (side, side):
+        return _single(_resize(pixels, last, box))
+    whole = _resize(pixels, last, box)
+    if policy.fast and pixels.size < whole.size:
+        return _cut(whole, _resize(pixels, (side, side), box))
+    return _cut(whole, _resize(whole, (side, side), (0, 0, *last)))
 
 
 def _one_band_if_grey(image: Image.Image) -> Image.Image:
@@ -269,23 +279,25 @@ def _as_array(image: Image.Image) -> UInt8:
     return np.asarray(image).reshape(image.height, image.width, -1)
 
 
-def _resize(pixels: UInt8, size: tuple[int, int]) -> UInt8:
-    return pixels if (pixels.shape[1], pixels.shape[0]) == size else lanczos(pixels, size)
+def _resize(pixels: UInt8, size: Size, box: Box) -> UInt8:
+    unchanged = (pixels.shape[1], pixels.shape[0]) == size and box == (0, 0, *size)
+    return pixels if unchanged else lanczos(pixels, size, box)
 
 
-def _single(pixels: UInt8, side: int) -> Tiles:
-    tile = np.empty((1, side, side, 3), np.uint8)
-    tile[0] = _resize(pixels, (side, side))
+def _single(pixels: UInt8) -> Tiles:
+    tile = np.empty((1, *pixels.shape[:2], 3), np.uint8)
+    tile[0] = pixels
     return Tiles(tile, rows=0, cols=0)
 
 
-def _cut(pixels: UInt8, side: int) -> Tiles:
+def _cut(pixels: UInt8, whole: UInt8) -> Tiles:
     """Row-major crops, then the whole image as one tile."""
+    side = len(whole)
     rows, cols = pixels.shape[0] // side, pixels.shape[1] // side
     tiles = np.empty((rows * cols + 1, side, side, 3), np.uint8)
     crops = pixels.reshape(rows, side, cols, side, -1).swapaxes(1, 2)  # [rows, cols, S, S, C]
     tiles[:-1].reshape(rows, cols, side, side, 3)[:] = crops
-    tiles[-1] = _resize(pixels, (side, side))
+    tiles[-1] = whole
     return Tiles(tiles, rows, cols)
 
 

@@ -99,7 +99,7 @@ class ChatService:
         self.token_bytes = TokenBytes(processor.tokenizer)
         self._processor = processor
         self._decoders = decoders
-        self._policy = ImagePolicy(image.longest_edge, image.upscale, image.splitting)
+        self._policy = ImagePolicy(image.longest_edge, image.upscale, image.splitting, fast=image.fast)
         self._fetcher = UrlFetcher(options.allowed_image_hosts, image.max_bytes, image.timeout_s)
 
     async def prepare(self, request: ChatRequest, take_tiles: Take) -> tuple[Chat, EngineRequest]:

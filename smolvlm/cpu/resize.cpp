@@ -52,20 +52,29 @@ static double lanczos(double x) {
   return -SUPPORT <= x && x < SUPPORT ? sinc(x) * sinc(x / SUPPORT) : 0;
 }
 
+// One side of the image: its length before and after, and the part of it, of whole pixels or not, that is resized.
+struct Side {
+  int from, to;
+  float start, stop;  // as Pillow takes them
+
+  bool stays() const { return from == to && start == 0 && stop == from; }
+};
+
 // For each output position the first input position and the fixed-point weights of as many as count.
 struct Taps {
   std::vector<int> first, count, weights;
   int most;
 
-  Taps(int from, int to) : first(to), count(to) {
-    const double scale = double(from) / to, stretch = std::max(scale, 1.0), support = SUPPORT * stretch;
+  explicit Taps(const Side& side) : first(side.to), count(side.to) {
+    const double scale = double(side.stop - side.start) / side.to, stretch = std::max(scale, 1.0);
+    const double support = SUPPORT * stretch;
     most = int(std::ceil(support)) * 2 + 1;
-    weights.resize(size_t(to) * most);
+    weights.resize(size_t(side.to) * most);
     std::vector<double> exact(most);
-    for (int x = 0; x < to; x++) {
-      const double center = (x + 0.5) * scale;
+    for (int x = 0; x < side.to; x++) {
+      const double center = side.start + (x + 0.5) * scale;
       first[x] = std::max(int(center - support + 0.5), 0);
-      count[x] = std::min(int(center + support + 0.5), from) - first[x];
+      count[x] = std::min(int(center + support + 0.5), side.from) - first[x];
       double total = 0;
       for (int i = 0; i < count[x]; i++)
         total += exact[i] = lanczos((i + first[x] - center + 0.5) * (1.0 / stretch));
@@ -124,25 +133,25 @@ static void to_rows(const uint8_t* from, size_t width, int rows, uint8_t* to) {
 }
 
 template <int CHANNELS>
-static void resize_rows(const uint8_t* from, int height, int width, int to_width, uint8_t* to) {
+static void resize_rows(const uint8_t* from, int height, const Side& width, uint8_t* to) {
   constexpr int PIXEL = CHANNELS * LANES;
-  const Taps taps(width, to_width);
-  const size_t line = size_t(width) * CHANNELS, to_line = size_t(to_width) * CHANNELS;
+  const Taps taps(width);
+  const size_t line = size_t(width.from) * CHANNELS, to_line = size_t(width.to) * CHANNELS;
   std::vector<uint8_t> columns(line * LANES), resized(to_line * LANES);
   for (int y = 0; y < height; y += LANES) {
     const int rows = std::min(LANES, height - y);
     to_columns(from + y * line, line, rows, columns.data());
-    for (int x = 0; x < to_width; x++)
+    for (int x = 0; x < width.to; x++)
       taps.apply<PIXEL>(x, &columns[size_t(taps.first[x]) * PIXEL], PIXEL, &resized[size_t(x) * PIXEL]);
     to_rows(resized.data(), to_line, rows, to + y * to_line);
   }
 }
 
-static void resize_columns(const uint8_t* from, int height, size_t line, int to_height, uint8_t* to) {
+static void resize_columns(const uint8_t* from, const Side& height, size_t line, uint8_t* to) {
   constexpr int SPAN = 4 * LANES;
-  const Taps taps(height, to_height);
+  const Taps taps(height);
   std::vector<uint8_t> last(size_t(taps.most) * SPAN);
-  for (int y = 0; y < to_height; y++) {
+  for (int y = 0; y < height.to; y++) {
     const uint8_t* start = from + taps.first[y] * line;
     size_t x = 0;
     for (; x + SPAN <= line; x += SPAN) taps.apply<SPAN>(y, start + x, line, to + y * line + x);
@@ -154,34 +163,37 @@ static void resize_columns(const uint8_t* from, int height, size_t line, int to_
   }
 }
 
-static void resize_height(const uint8_t* from, int height, size_t line, int to_height, uint8_t* to) {
-  if (height == to_height) std::memcpy(to, from, height * line);
-  else resize_columns(from, height, line, to_height, to);
+static void resize_height(const uint8_t* from, const Side& height, size_t line, uint8_t* to) {
+  if (height.stays()) std::memcpy(to, from, height.from * line);
+  else resize_columns(from, height, line, to);
 }
 
-static void resize_width(const uint8_t* from, int height, int width, int to_width, int channels, uint8_t* to) {
-  if (width == to_width) std::memcpy(to, from, size_t(height) * width * channels);
-  else if (channels == 1) resize_rows<1>(from, height, width, to_width, to);
-  else resize_rows<3>(from, height, width, to_width, to);
+static void resize_width(const uint8_t* from, int height, const Side& width, int channels, uint8_t* to) {
+  if (width.stays()) std::memcpy(to, from, size_t(height) * width.from * channels);
+  else if (channels == 1) resize_rows<1>(from, height, width, to);
+  else resize_rows<3>(from, height, width, to);
 }
 
 // Which pass comes first is Pillow's rule since version 13.
-static bool height_first(int height, int width, int to_height, int to_width) {
-  return to_height < height && 2 * (int64_t(width) - to_width) < int64_t(height) - to_height;
+static bool height_first(const Side& height, const Side& width) {
+  return height.to < height.from && 2 * (int64_t(width.from) - width.to) < int64_t(height.from) - height.to;
 }
 
-// [height, width, channels] to [to_height, to_width, channels]; sides are at least 1. False: out of memory.
+// [height, width, channels], of it the part from (left, top) to (right, bottom), to [to_height, to_width, channels];
+// sides are at least 1. False: out of memory.
 extern "C" bool resize(
-    const uint8_t* from, int height, int width, int channels, uint8_t* to, int to_height, int to_width) try {
+    const uint8_t* from, int height, int width, int channels, uint8_t* to, int to_height, int to_width,
+    float left, float top, float right, float bottom) try {
+  const Side down{height, to_height, top, bottom}, across{width, to_width, left, right};
   const size_t line = size_t(width) * channels, to_line = size_t(to_width) * channels;
-  if (height_first(height, width, to_height, to_width)) {
+  if (height_first(down, across)) {
     std::vector<uint8_t> between(to_height * line);
-    resize_height(from, height, line, to_height, between.data());
-    resize_width(between.data(), to_height, width, to_width, channels, to);
+    resize_height(from, down, line, between.data());
+    resize_width(between.data(), to_height, across, channels, to);
   } else {
     std::vector<uint8_t> between(height * to_line);
-    resize_width(from, height, width, to_width, channels, between.data());
-    resize_height(between.data(), height, to_line, to_height, to);
+    resize_width(from, height, across, channels, between.data());
+    resize_height(between.data(), down, to_line, to);
   }
   return true;
 } catch (const std::bad_alloc&) {

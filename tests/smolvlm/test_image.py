@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 from smolvlm.config import ImageConfig
-from smolvlm.image import DecodedImage, ImageError, ImageLimits, ImagePolicy, Tiles, decode_image, split_image, to_rgb
+from smolvlm.image import DecodedImage, ImageError, ImageLimits, ImagePolicy, Tiles, decode_image, split_image
+from smolvlm.rgb import to_rgb
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "smolvlm"
 CONFIGS = {

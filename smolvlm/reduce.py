@@ -1,0 +1,41 @@
+"""JPEGs decoded smaller than they are: libjpeg leaves frequencies out, and most of the time with them."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from PIL import Image
+
+from smolvlm.cpu.resize import Box
+
+Number = TypeVar("Number", int, float)
+Size = tuple[int, int]
+Needed = Callable[[int, int], Size]
+"""From the (width, height) of an upright picture to the size that it must keep."""
+
+SLACK = 15 / 16  # of the needed size: a photograph 4000 pixels wide is halved for 2048
+MIRRORED, UPSIDE_DOWN, SIDEWAYS = (2, 3, 6, 7), (3, 4, 7, 8), (5, 6, 7, 8)  # EXIF orientations, by what undoes them
+
+
+def reduce_jpeg(image: Image.Image, needed: Needed, orientation: int) -> tuple[Size, Box]:
+    """Have a JPEG that is not loaded yet decoded at a half, a quarter or an eighth, keeping SLACK of what is needed.
+
+    Gives the upright size as it was, in pixels, and the part of the smaller upright image that the picture covers:
+    that image has whole pixels, while a half of the picture may not.
+    """
+    size = _turned(image.size, orientation)
+    width, height = _turned(needed(*size), orientation)
+    drafted = image.draft(None, (max(int(width * SLACK), 1), max(int(height * SLACK), 1)))
+    covered = image.size if drafted is None else drafted[1][2:]
+    return size, _box(image.size, covered, orientation)
+
+
+def _turned(size: tuple[Number, Number], orientation: int) -> tuple[Number, Number]:
+    return (size[1], size[0]) if orientation in SIDEWAYS else size
+
+
+def _box(size: Size, covered: tuple[float, float], orientation: int) -> Box:
+    """What is covered begins in the first pixel of the file, which is not the first one of the upright image."""
+    (width, height), (right, bottom) = _turned(size, orientation), _turned(covered, orientation)
+    left = width - right if orientation in MIRRORED else 0
+    top = height - bottom if orientation in UPSIDE_DOWN else 0
+    return left, top, left + right, top + bottom
