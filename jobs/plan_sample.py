@@ -9,7 +9,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jobs.plan_survey import SampledRef
-from pipeline.decoder import Decoder, Prepared
+from pipeline.decoder import Decoder
+from pipeline.decoder_child import Prepared
 from pipeline.errors import RowError
 from pipeline.fetch import Fetched, Fetcher
 from pipeline.job import Job, Task

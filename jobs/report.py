@@ -13,7 +13,8 @@ from jobs.stored import stored_job
 from pipeline import ranges
 from pipeline.commit import Commit, read_columns, read_commits, row_numbers
 from pipeline.decode_process import DecoderOptions
-from pipeline.decoder import Decoder, Prepared
+from pipeline.decoder import Decoder
+from pipeline.decoder_child import Prepared
 from pipeline.errors import ConfigError
 from pipeline.fetch import Fetcher
 from pipeline.job import Job

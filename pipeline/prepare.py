@@ -8,7 +8,8 @@ import pyarrow as pa
 
 from pipeline.control import Control
 from pipeline.decode_process import DecoderOptions
-from pipeline.decoder import Decoder, Prepared
+from pipeline.decoder import Decoder
+from pipeline.decoder_child import Prepared
 from pipeline.fetch import Fetcher
 from pipeline.job import ImageOptions, Job
 from pipeline.records import PREPARED_SCHEMA, ImageRef, error_value, image_refs

@@ -76,7 +76,7 @@ class Gateway:
     def __init__(self, options: EndpointOptions, engines: "DeploymentHandle[Any]") -> None:
         from pipeline.endpoint.app import create_app
         from pipeline.endpoint.chat import ChatService
-        from pipeline.endpoint.images import DecoderPool
+        from pipeline.endpoint.decoders import DecoderPool
         from pipeline.endpoint.keys import ApiKeys
         from pipeline.endpoint.server import HttpServer, bind
         from pipeline.prepare import decoder_options

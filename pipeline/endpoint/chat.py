@@ -12,9 +12,10 @@ from typing import Any
 from pipeline.endpoint.api import ChatRequest
 from pipeline.endpoint.budget import Take
 from pipeline.endpoint.client import EngineClient, EngineRequest, EngineUnavailable, Event, Finished, Refused, TokenOut
+from pipeline.endpoint.decoders import DecoderPool
 from pipeline.endpoint.errors import ApiError, image_error, unavailable
 from pipeline.endpoint.fetch_url import UrlFetcher
-from pipeline.endpoint.images import DecoderPool, ImageRefused, SplitImage, data_url_bytes, policy_for
+from pipeline.endpoint.images import ImageRefused, SplitImage, data_url_bytes, policy_for
 from pipeline.endpoint.options import EndpointOptions
 from pipeline.endpoint.text import AnswerText, TokenBytes, TokenLogprobs
 from smolvlm.image import ImagePolicy, Tiles

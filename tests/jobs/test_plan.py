@@ -17,7 +17,7 @@ from jobs.plan import Estimate, Figures, Plan, Pool, plan, to_json
 from jobs.plan_sample import Sample, SampledImage
 from jobs.plan_survey import Survey
 from jobs.plan_text import print_plan
-from pipeline.decoder import Prepared
+from pipeline.decoder_child import Prepared
 from pipeline.errors import ConfigError, RowError
 from pipeline.job import EngineOptions, Job, Limits
 

@@ -17,7 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 from waiting import wait_for
 
 from pipeline.decode_process import DecoderOptions
-from pipeline.decoder import MAX_CRASHES, Decoder, Prepared
+from pipeline.decoder import MAX_CRASHES, Decoder
+from pipeline.decoder_child import Prepared
 from smolvlm.config import ImageConfig
 from smolvlm.image import ImageLimits, ImagePolicy, decode_image, split_image
 
@@ -218,7 +219,7 @@ def test_options_survive_the_command_line() -> None:
 def test_tiles_cannot_be_taken_back(decoder: Decoder) -> None:
     """A child that a picture has taken over may write nonsense, but not shorten the file under its reader."""
     decoder.prepare([picture(1)])
-    descriptor = decoder._shared.fileno()
+    descriptor = decoder._memory.fileno()
     assert os.fstat(descriptor).st_size > 0
     with pytest.raises(PermissionError):
         os.ftruncate(descriptor, 0)

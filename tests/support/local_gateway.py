@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.endpoint.app import create_app
 from pipeline.endpoint.chat import ChatService
 from pipeline.endpoint.client import EngineClient, EngineRequest, EngineStatus, Event
-from pipeline.endpoint.images import DecoderPool
+from pipeline.endpoint.decoders import DecoderPool
 from pipeline.endpoint.keys import ApiKeys
 from pipeline.endpoint.options import EndpointOptions
 from pipeline.endpoint.server import HttpServer, bind
