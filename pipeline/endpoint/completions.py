@@ -119,20 +119,21 @@ def _count(chat: Chat, metrics: Metrics) -> None:
 async def unless_gone(request: Request, answering: Coroutine[Any, Any, Response], metrics: Metrics) -> Response:
     """Wait for an answer, but no longer than its client does: Starlette notices that it has left only while a stream
     is under way."""
-    work = asyncio.ensure_future(answering)
-    gone = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            metrics.disconnects.inc()
-            return Response(status_code=499)  # nobody reads it
-        return await work
-    finally:
-        for task in (work, gone):
-            task.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
+        async with asyncio.timeout(None) as patience:
+            watching = asyncio.ensure_future(_end_when_gone(request, patience))
+            try:
+                return await answering
+            finally:
+                watching.cancel()
+    except TimeoutError:
+        if not patience.expired():
+            raise
+        metrics.disconnects.inc()
+        return Response(status_code=499)  # nobody reads it
 
 
-async def _disconnected(request: Request) -> None:
+async def _end_when_gone(request: Request, patience: asyncio.Timeout) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    patience.reschedule(0.0)

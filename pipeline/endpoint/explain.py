@@ -1,5 +1,6 @@
 """Why a request's body was refused, in one sentence that names the field and never repeats the value."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,13 +9,12 @@ from pipeline.endpoint.errors import ApiError
 MAX_NAME_CHARS = 64
 
 
-def validation_error(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """Turn pydantic's first error about `body` into OpenAI's error object."""
+def validation_error(errors: Sequence[Mapping[str, Any]], body: bytes) -> ApiError:
+    """Turn pydantic's first error about the JSON of `body` into OpenAI's error object."""
     error = errors[0]
-    loc = error["loc"][1:]  # the first step is "body" always
-    if error["type"] == "json_invalid" or not loc:
+    if error["type"] == "json_invalid" or not error["loc"]:
         return ApiError(400, "invalid_json", "the body must be a JSON object")
-    param = _path(loc, body, error["type"])
+    param = _path(error["loc"], json.loads(body), error["type"])
     if error["type"] == "extra_forbidden":
         return ApiError(400, "unknown_parameter", f"unknown parameter {param!r}: leave it out", param)
     if error["type"] == "missing":
