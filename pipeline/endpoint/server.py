@@ -4,16 +4,16 @@ import asyncio
 import socket
 from typing import Any
 
-import h11
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pipeline.endpoint.options import Limits
 
 MAX_HEAD_BYTES = 16 << 10
 KEEP_ALIVE_S = 30
 BACKLOG = 512
+TOO_LARGE = f"The head of a request may have {MAX_HEAD_BYTES} bytes."
 LINGER_S = 2.0  # for a client that is still sending what was refused: hung up on, it might never read why
 
 
@@ -30,7 +30,6 @@ class HttpServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,  # nobody's word about who is asking
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=drain_s,
         )
@@ -66,11 +65,25 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
     return bound
 
 
-def _bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
-    """uvicorn waits for the head of a request for ever; this protocol does not, and counts connections."""
+def _check_head(url: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    """What the parser lets pass: a head of any size that came at once, other than one host, codings besides chunked.
+    Raises ValueError."""
+    if len(url) + sum(len(name) + len(value) for name, value in headers) > MAX_HEAD_BYTES:
+        raise ValueError(TOO_LARGE)
+    if sum(name == b"host" for name, _ in headers) != 1:
+        raise ValueError("A request names one host.")
+    if any(name == b"transfer-encoding" and value.lower() != b"chunked" for name, value in headers):
+        raise ValueError("A body may be chunked, and nothing else.")
 
-    class BoundedProtocol(H11Protocol):
+
+def _bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
+    """uvicorn waits for a request for ever and keeps whatever comes before its body; this protocol does not, and counts
+    connections."""
+
+    class BoundedProtocol(HttpToolsProtocol):
         _deadline: asyncio.TimerHandle | None = None
+        _has_begun = _in_body = False  # a request, as far as it has arrived
+        _idle_bytes = 0  # received since the last of a body: of a head, a chunk's extension, a trailer
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -79,12 +92,32 @@ def _bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
             self._watch()
 
         def data_received(self, data: bytes) -> None:
+            self._idle_bytes += len(data)
             super().data_received(data)
+            if self._idle_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response(TOO_LARGE)
             self._watch()
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._has_begun = True
+
+        def on_headers_complete(self) -> None:
+            _check_head(self.url, self.headers)  # what it raises becomes a 400
+            super().on_headers_complete()
+            self._in_body, self._idle_bytes = True, 0
+
+        def on_body(self, body: bytes) -> None:
+            super().on_body(body)
+            self._idle_bytes = 0
+
+        def on_message_complete(self) -> None:
+            super().on_message_complete()
+            self._has_begun, self._in_body, self._idle_bytes = False, False, 0
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
+            if self._has_begun:
                 self._watch()
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -96,8 +129,7 @@ def _bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
             if self.cycle is not None and not self.cycle.response_complete:
                 self._forget()
             elif self._deadline is None:
-                is_refused = self.conn.their_state is h11.SEND_BODY
-                seconds = LINGER_S if is_refused else limits.header_timeout_s
+                seconds = LINGER_S if self._in_body else limits.header_timeout_s
                 self._deadline = self.loop.call_later(seconds, self._give_up)
 
         def _forget(self) -> None:

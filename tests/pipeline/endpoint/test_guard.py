@@ -5,7 +5,8 @@ import json
 import socket
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,11 @@ def connect(gateway: Gateway) -> socket.socket:
     return socket.create_connection((gateway.host, gateway.port), timeout=20)
 
 
+CHUNKED = (
+    f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+).encode()
+
+
 def is_closed(connection: socket.socket) -> bool:
     """Wait for the server to hang up."""
     try:
@@ -303,6 +309,43 @@ def test_malformed_http_is_400_or_no_answer(gateway: Gateway, head: bytes) -> No
             answer = b""
     assert answer == b"" or b" 400 " in answer.split(b"\r\n")[0] or b" 501 " in answer.split(b"\r\n")[0]
     assert httpx2.get(f"{gateway.url}/health", timeout=20).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("beginning", "more"),
+    [
+        (b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: ", b"y" * 1000),
+        (b"GET /health HTTP/1.1\r\nhost: localhost\r\n", b"x: y\r\n" * 100),
+        (b"GET /", b"a" * 1000),
+        (CHUNKED + b"1\r\n{\r\n0\r\nx: ", b"y" * 1000),
+        (CHUNKED + b"1\r\n{\r\n0\r\n", b"x: y\r\n" * 100),
+        (CHUNKED + b"1;x=", b"y" * 1000),
+    ],
+    ids=["header", "headers", "path", "trailer", "trailers", "chunk extension"],
+)
+def test_what_comes_in_pieces_has_an_end_too(gateway: Gateway, beginning: bytes, more: bytes) -> None:
+    """The time that a request has would let far more through than memory holds."""
+    sent = 0
+    with connect(gateway) as connection:
+        connection.sendall(beginning)
+        with suppress(ConnectionError):
+            while sent < 1 << 20:
+                sent += connection.send(more)
+                time.sleep(0.002)
+    assert sent < 1 << 20
+    assert httpx2.get(f"{gateway.url}/health", timeout=20).status_code == 200
+
+
+def test_chunks_and_kept_connections_are_taken(gateway: Gateway, model: Model) -> None:
+    body = json.dumps(question(model, max_tokens=1)).encode()
+    with closing(HTTPConnection(gateway.host, gateway.port, timeout=20)) as connection:
+        parts, headers = (body[:20], body[20:]), {"content-type": "application/json"}
+        connection.request("POST", CHAT, iter(parts), headers, encode_chunked=True)
+        assert json.loads(connection.getresponse().read())["usage"]["completion_tokens"] == 1
+        kept = connection.sock
+        connection.request("GET", "/health")
+        assert connection.getresponse().read() == b'{"status":"ok"}'
+        assert connection.sock is kept
 
 
 def test_connections_are_counted(model: Model, stuck: StuckEngines) -> None:
