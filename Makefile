@@ -22,11 +22,11 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy benchmarks examples
+	$(BIN)/mypy benchmarks examples tests
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 cluster-check: $(INSTALLED)
-	$(BIN)/python -m pytest tests/cluster tests/jobs/test_plan.py tests/jobs/test_submit.py
+	$(BIN)/python -m pytest tests/cluster tests/jobs/test_plan*.py tests/jobs/test_submit.py
 
 # On a machine with a GPU: kernels and graphs against torch's operators, then both beside transformers and the limit.
 gpu-check: $(INSTALLED)

@@ -5,13 +5,13 @@ import os
 import pty
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from console_script import SMOLVLM
 from PIL import Image
 from scripted_endpoint import Endpoint, endpoint
 from typer.testing import CliRunner, Result
@@ -20,7 +20,6 @@ from jobs.chat import open_model, read_file, stats_text
 from jobs.chat_models import NoAnswer, Reply
 from jobs.cli import app
 
-SMOLVLM = Path(sys.executable).with_name("smolvlm")
 Script = Callable[..., Result]
 
 
@@ -192,7 +191,7 @@ def test_a_model_in_this_process_keeps_the_conversation(
 
 def test_a_script_gets_answers_on_stdout_and_the_rest_on_stderr(server: Endpoint, pictures: Path) -> None:
     lines = "wide.png\n'high.jpg'\n\nWhich?\n\nAnd {1}?\n/stats\n/images\n/history\n/tiles\n/help\n"
-    command = [SMOLVLM, "chat", "--url", server.url]
+    command = [str(SMOLVLM), "chat", "--url", server.url]
     done = subprocess.run(command, input=lines, capture_output=True, text=True, cwd=pictures, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "Two cats & a <b>dog</b>.\n" * 2

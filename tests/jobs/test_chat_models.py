@@ -1,9 +1,8 @@
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from local_gateway import png
 
 from jobs.chat_models import AnswerOptions, LocalModel, NoAnswer
 from smolvlm.chat import Conversation, Picture
@@ -19,9 +18,7 @@ def local(tiny_checkpoint: Path) -> Iterator[LocalModel]:
 
 
 def picture(size: tuple[int, int] = (200, 150), color: str = "teal") -> Picture:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, color).save(buffer, "PNG")
-    return Picture.from_bytes("a.png", buffer.getvalue())
+    return Picture.from_bytes("a.png", png(*size, color))
 
 
 def test_a_local_answer_is_the_engines_and_comes_in_pieces(local: LocalModel, tiny_checkpoint: Path) -> None:

@@ -1,13 +1,11 @@
-import io
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from local_gateway import LocalEngines, running_gateway
-from PIL import Image
+from local_gateway import LocalEngines, png, running_gateway
 from scripted_endpoint import endpoint
+from waiting import wait_for
 
 from jobs.chat_models import AnswerOptions, LocalModel, NoAnswer
 from jobs.chat_remote import RemoteModel, read_key
@@ -21,9 +19,7 @@ SHORT = AnswerOptions(max_new_tokens=8)
 
 
 def picture(size: tuple[int, int] = (200, 150), color: str = "teal") -> Picture:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, color).save(buffer, "PNG")
-    return Picture.from_bytes("a.png", buffer.getvalue())
+    return Picture.from_bytes("a.png", png(*size, color))
 
 
 @pytest.mark.parametrize(
@@ -80,6 +76,8 @@ def test_the_gateway_answers_as_the_model_in_this_process_does(tiny_checkpoint: 
             conversation.keep(question, here.text)
             counts.append((there.prompt_tokens, there.cached_tokens))
         (first_prompt, _), (_, second_cached) = counts
+        assert first_prompt is not None
+        assert second_cached is not None
         assert second_cached >= first_prompt - 16  # the engine behind it keeps the conversation as well
 
         def interrupt(_: str) -> None:
@@ -87,10 +85,7 @@ def test_the_gateway_answers_as_the_model_in_this_process_does(tiny_checkpoint: 
 
         stopped = remote.answer(prompt, AnswerOptions(max_new_tokens=1500), interrupt)
         assert (stopped.finish_reason, stopped.output_tokens) == ("aborted", 1)
-        deadline = time.monotonic() + 30
-        while engines.num_streams:
-            assert time.monotonic() < deadline, "the gateway goes on answering nobody"
-            time.sleep(0.02)
+        wait_for(lambda: not engines.num_streams, 30)  # the gateway does not go on answering nobody
         with pytest.raises(NoAnswer, match=r"refused \(400\)"):
             remote.answer(conversation.prompt("long " * 2100), SHORT, lambda _: None)
         remote.close()

@@ -2,61 +2,31 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import yaml
+from console_script import SMOLVLM, draw_images, smolvlm, write_job
 from PIL import Image
 from typer.testing import CliRunner, Result
+from waiting import wait_for
 
 from jobs import spec
 from jobs.cli import app
 from pipeline.storage import Location
 
-# The script for what needs a process of its own; `verify` and its like run in this one.
-SMOLVLM = Path(sys.executable).with_name("smolvlm")
 COUNT = 1000  # images of the interrupted run: many seconds of work on any machine
-Done = subprocess.CompletedProcess[str]
-
-
-def smolvlm(*arguments: str | Path, **environment: str) -> Done:
-    command = [str(SMOLVLM), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, **environment})
 
 
 def verified(destination: Path | str, *options: str) -> Result:
+    """Needs no process of its own."""
     return CliRunner().invoke(app, ["verify", str(destination), *options])
 
 
 def objects(text: str) -> list[dict[str, Any]]:
     """The JSON lines of a stream; Ray's C++ core may put a log line of its own on stderr."""
     return [json.loads(line) for line in text.splitlines() if not line.startswith("[")]
-
-
-def draw_images(folder: Path, count: int) -> Path:
-    folder.mkdir()
-    for number in range(count):
-        Image.new("RGB", (20 + number % 50, 30), (number % 256, 100, 200)).save(folder / f"{number:04}.png")
-    return folder
-
-
-def write_job(folder: Path, checkpoint: Path, source: Path | str, **changes: Any) -> Path:
-    content = {
-        "name": "test",
-        "source": {"uri": str(source)},
-        "output": {"uri": str(folder / "out"), "rows_per_file": 4},
-        "model": {"id": str(checkpoint), "dtype": "float32"},
-        "tasks": [{"name": "caption", "prompt": "What is this?", "max_new_tokens": 4}],
-        **changes,
-    }
-    path = folder / "job.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
 
 
 def test_run_verify_and_resume(tmp_path: Path, tiny_checkpoint: Path, ray_cluster: str) -> None:
@@ -151,7 +121,7 @@ def test_the_first_interrupt_drains_and_a_second_run_finishes(
         assert process.stdout is not None
         while '"event": "progress"' not in process.stdout.readline():
             assert process.poll() is None
-        wait_for_rows(tmp_path / "out" / "data")
+        wait_for(lambda: list((tmp_path / "out" / "data").glob("*.parquet")), 120)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
@@ -165,13 +135,6 @@ def test_the_first_interrupt_drains_and_a_second_run_finishes(
     assert done.returncode == 0, done.stderr
     assert {"rows": COUNT, "resumed_rows": summary["rows"]}.items() <= json.loads(done.stdout).items()
     assert verified(tmp_path / "out").exit_code == 0
-
-
-def wait_for_rows(data: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not list(data.glob("*.parquet")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_mistakes_end_with_2_a_message_and_no_traceback(tmp_path: Path, tiny_checkpoint: Path) -> None:

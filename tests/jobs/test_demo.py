@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import duckdb
 import pytest
+from console_script import SMOLVLM
 
 from jobs import demo
 from jobs.demo_images import BROKEN, SIDEWAYS, demo_images
@@ -42,14 +42,14 @@ def test_only_an_earlier_demo_is_replaced(tmp_path: Path) -> None:
 
 def test_the_whole_demo(tmp_path: Path) -> None:
     output = tmp_path / "demo-output"
-    command = [str(Path(sys.executable).with_name("smolvlm")), "demo", "-o", str(output)]
+    command = [str(SMOLVLM), "demo", "-o", str(output)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr
     assert "every input has exactly one row" in done.stdout
     assert (output / "report.html").stat().st_size > 1000
     query = f"SELECT parse_filename(uri), status, error.code, ocr.text FROM '{output}/data/*.parquet'"
-    rows = {name: (status, code, text) for name, status, code, text in duckdb.sql(query).fetchall()}
+    rows = {name: (status, code, text) for name, status, code, text in duckdb.execute(query).fetchall()}
     assert rows.pop(BROKEN) == ("error", "truncated", None)
     assert rows.keys() == demo_images().keys() - {BROKEN}
     assert all(status == "ok" and text for status, _, text in rows.values())

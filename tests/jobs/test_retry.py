@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from console_script import SMOLVLM
 from driver import make_job
 from PIL import Image
 from standin import PixelAnswerer
@@ -23,7 +24,6 @@ from pipeline.job import Job, Source
 from pipeline.run import run
 
 DRIVER = Path(__file__).parents[1] / "support" / "retry_driver.py"
-SMOLVLM = Path(sys.executable).with_name("smolvlm")
 IMAGES, MISSING, BROKEN = 96, range(0, 96, 2), range(1, 96, 24)
 
 

@@ -6,7 +6,6 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import httpx2
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from console_script import SMOLVLM
 from PIL import Image
 from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
@@ -23,7 +23,6 @@ from jobs.serve import application, parse
 from pipeline.errors import ConfigError
 from smolvlm.hub import BUNDLED
 
-SMOLVLM = Path(sys.executable).with_name("smolvlm")
 CONFIG = Path(__file__).parents[2] / "cluster" / "serve.yaml"
 KEY = "sk-0123456789abcdef"
 

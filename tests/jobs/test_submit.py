@@ -1,12 +1,10 @@
 """Jobs on a real cluster of two nodes that asks for a token, through the command line; and what they leave nowhere."""
 
 import json
-import os
 import re
 import secrets
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,8 +14,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+import yaml
+from console_script import draw_images, smolvlm, write_job
 from typer.testing import CliRunner
+from waiting import wait_for
 
 from cluster.local import LocalCluster, local_cluster
 from jobs import spec
@@ -27,7 +27,6 @@ from jobs.preflight_node import facts
 from jobs.submit import Shipping, Submitted, check_names, entrypoint, exit_code, pack
 from pipeline.errors import ConfigError
 
-SMOLVLM = Path(sys.executable).with_name("smolvlm")
 COUNT = 800  # images of the cancelled job: many seconds of work on any machine
 ANSWERS = (  # whatever the dashboard tells about jobs, processes and nodes
     *("/api/jobs/", "/api/v0/jobs", "/api/v0/nodes?detail=1", "/api/v0/actors?detail=1", "/api/v0/tasks?detail=1"),
@@ -37,7 +36,6 @@ IN_ENVIRONMENT = (
     *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "GOOGLE_API_KEY", "AZURE_STORAGE_KEY"),
     *("DB_PASSWORD", "OPENAI_API_KEY"),
 )
-Done = subprocess.CompletedProcess[str]
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -56,32 +54,6 @@ def cluster(canaries: dict[str, str]) -> Iterator[LocalCluster]:
         patch.setenv("RAY_worker_niceness", "0")  # at Ray's 15, whatever else runs here goes before the job
         with local_cluster(nodes=2, cpus=2, object_store_bytes=1_200_000_000) as running:
             yield running
-
-
-def smolvlm(*arguments: str | Path, **environment: str) -> Done:
-    command = [str(SMOLVLM), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, **environment})
-
-
-def draw_images(folder: Path, count: int) -> Path:
-    folder.mkdir()
-    for number in range(count):
-        Image.new("RGB", (20 + number % 50, 30), (number % 256, 100, 200)).save(folder / f"{number:04}.png")
-    return folder
-
-
-def write_job(folder: Path, checkpoint: Path, source: Path | str, **changes: Any) -> Path:
-    content = {
-        "name": "test",
-        "source": {"uri": str(source)},
-        "output": {"uri": str(folder / "out"), "rows_per_file": 4},
-        "model": {"id": str(checkpoint), "dtype": "float32"},
-        "tasks": [{"name": "caption", "prompt": "What is this?", "max_new_tokens": 4}],
-        **changes,
-    }
-    path = folder / "job.json"
-    path.write_text(json.dumps(content))
-    return path
 
 
 def last_object(text: str) -> dict[str, Any]:
@@ -160,8 +132,8 @@ def test_cancelling_drains_and_submitting_again_finishes(
     begun = smolvlm(*submit, "--no-wait", **cluster.environment())
     assert begun.returncode == 0, begun.stderr
     submission_id = json.loads(begun.stdout)["id"]
-    wait_for(lambda: list((tmp_path / "out" / "data").glob("*.parquet")))
-    wait_for(lambda: "ray_smolvlm_job_rows_ok_total" in exported(cluster))
+    wait_for(lambda: list((tmp_path / "out" / "data").glob("*.parquet")), 240)
+    wait_for(lambda: "ray_smolvlm_job_rows_ok_total" in exported(cluster), 240)
 
     ended = smolvlm("cancel", submission_id, "--json", "--address", cluster.dashboard, **cluster.environment())
     assert json.loads(ended.stdout)["state"] == "STOPPED", ended.stderr
@@ -180,13 +152,6 @@ def test_cancelling_drains_and_submitting_again_finishes(
     assert {"rows": COUNT, "missing": 0, "duplicate": 0}.items() <= verified(tmp_path / "out").items()
 
 
-def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 def exported(cluster: LocalCluster) -> str:
     """What Prometheus would read from all nodes, found as it finds them."""
     listed = json.loads((cluster.folder / "0" / "prom_metrics_service_discovery.json").read_text())
@@ -201,6 +166,7 @@ def test_a_call_without_the_token_is_refused(cluster: LocalCluster, tmp_path: Pa
     job = write_job(tmp_path, tiny_checkpoint, draw_images(tmp_path / "images", 1))
     wrong = tmp_path / "wrong"
     wrong.write_text("a" * 64)
+    calls: tuple[tuple[str | Path, ...], ...]
     calls = (("submit", job), ("logs", "x"), ("cancel", "x"), ("list",), ("status", "x"))
     strangers = ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(wrong)})
     for call, stranger in zip(calls, [*strangers, *strangers, strangers[0]], strict=True):
@@ -321,7 +287,7 @@ def test_a_secret_in_a_job_file_goes_nowhere(tmp_path: Path, tiny_checkpoint: Pa
     ]
     for place in places:
         job = write_job(tmp_path, tiny_checkpoint, tmp_path / "images")
-        job.write_text(json.dumps({**json.loads(job.read_text()), **place}))
+        job.write_text(yaml.safe_dump({**yaml.safe_load(job.read_text()), **place}))
         for command in (["submit", str(job)], ["plan", str(job)], ["preflight", str(job)]):
             refused = CliRunner().invoke(app, command)
             assert refused.exit_code == 2

@@ -5,26 +5,25 @@ import json
 import os
 import signal
 import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 import yaml
+from console_script import SMOLVLM, smolvlm
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from jobs import training_progress
 from jobs.train import STOPPING, Summary, summary_object, summary_text
 from jobs.training_file import parse
-from jobs.training_progress import BarDisplay, LineDisplay, Meter, State, display
+from jobs.training_progress import BarDisplay, LineDisplay, Meter, State, _columns, display
 from smolvlm.training.loop import StepReport
 from smolvlm.training.plan import TrainingPlan
 from smolvlm.training.probe import Score
 
-SMOLVLM = Path(sys.executable).with_name("smolvlm")
 WORDS = {
     "kinds": {"word": 1},
     "longest_edge": [64, 64],
@@ -55,10 +54,6 @@ def write(folder: Path, **changes: Any) -> Path:
     path = folder / "train.yaml"
     path.write_text(yaml.safe_dump(content(**changes)))
     return path
-
-
-def smolvlm(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([SMOLVLM, *arguments], capture_output=True, text=True, timeout=280)
 
 
 def test_a_training_from_its_file_to_its_curves(tmp_path: Path) -> None:
@@ -95,7 +90,8 @@ def start(file: Path, output: Path) -> subprocess.Popen[str]:
 def until(stream: IO[str] | None, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     assert stream is not None
     for line in stream:
-        if wanted(found := json.loads(line)):
+        found: dict[str, Any] = json.loads(line)
+        if wanted(found):
             return found
     raise AssertionError("the stream ended before")
 
@@ -154,7 +150,7 @@ def report(step: int, stage: str = "words", **losses: float) -> StepReport:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that the display sees, in seconds."""
     now = [0.0]
-    monkeypatch.setattr(training_progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
@@ -215,9 +211,7 @@ def test_lines_come_every_five_seconds_with_a_score_and_at_the_end(clock: list[f
 
 def test_a_terminal_gets_a_live_line() -> None:
     stream = io.StringIO()
-    with Bar(
-        *training_progress._columns(), console=Console(file=stream, force_terminal=True, width=160, color_system=None)
-    ) as bar:
+    with Bar(*_columns(), console=Console(file=stream, force_terminal=True, width=160, color_system=None)) as bar:
         shown = BarDisplay(bar)
         shown(state())
         shown.say("stopping")

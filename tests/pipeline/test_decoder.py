@@ -45,7 +45,7 @@ def starts(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     lives: list[int] = []
     original = decoder._start
 
-    def counted() -> "subprocess.Popen[bytes]":
+    def counted() -> io.BufferedRWPair:
         lives.append(1)
         return original()
 

@@ -374,7 +374,7 @@ def by_duckdb(files: list[Path]) -> list[dict[str, Any]]:
 
 
 def by_pandas(files: list[Path]) -> list[dict[str, Any]]:
-    import pandas  # type: ignore[import-untyped]
+    import pandas
 
     frame = pandas.concat([pandas.read_parquet(path, dtype_backend="pyarrow") for path in files])
     rows: list[dict[str, Any]] = frame.to_dict("records")

@@ -5,14 +5,16 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from driver import make_job
 from noise import write_noise
 from PIL import Image
 from ray.exceptions import RayActorError
+from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 from standin import PixelAnswerer, text_of
 
@@ -28,6 +30,7 @@ from smolvlm.config import ImageConfig
 from smolvlm.image import ImagePolicy, Tiles, decode_image, split_image
 
 NUM_IMAGES = 96
+ENGINES = DeploymentID("engines")
 POISON = ("0007.png", "0040.png", "0041.png")
 
 
@@ -142,13 +145,14 @@ class Handle:
 
 def asked(handle: Handle, monkeypatch: pytest.MonkeyPatch) -> Answer:
     monkeypatch.setattr(shared, "engines_handle", lambda: handle)
-    monkeypatch.setattr(shared.time, "sleep", lambda _: None)
-    return SharedAnswerer(cast(Job, None)).submit(cast(Tiles, None), Task("caption", "?"), 0)()
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    answerer = SharedAnswerer(make_job("in", "out", "checkpoint"))
+    return answerer.submit(Tiles(np.zeros((1, 4, 4, 3), np.uint8), 0, 0), Task("caption", "?"), 0)()
 
 
 def test_a_call_is_sent_again_once_when_its_engine_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     answer, death = Answer("x", "stop", 1, 1, 0.0), RayActorError()
-    gone: list[Any] = [DeploymentUnavailableError(None)] * 3  # type: ignore[arg-type]
+    gone = [DeploymentUnavailableError(ENGINES)] * 3
     handle = Handle(*gone, death, *gone, [answer])
     assert asked(handle, monkeypatch) == answer
     assert handle.calls == 8
@@ -157,6 +161,6 @@ def test_a_call_is_sent_again_once_when_its_engine_dies(monkeypatch: pytest.Monk
 
 
 def test_an_endpoint_that_is_gone_ends_the_run_and_blames_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    gone: list[Any] = [DeploymentUnavailableError(None)] * shared.MAX_ATTEMPTS  # type: ignore[arg-type]
+    gone = [DeploymentUnavailableError(ENGINES)] * shared.MAX_ATTEMPTS
     with pytest.raises(PipelineError, match="no engine of the endpoint took the rows in 10 attempts"):
         asked(Handle(*gone), monkeypatch)

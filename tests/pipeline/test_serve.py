@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from local_gateway import data_url
 from noise import write_noise
+from waiting import wait_for
 
 from pipeline.endpoint.client import EngineStatus, EngineUnavailable
 from pipeline.endpoint.options import EndpointOptions
@@ -144,7 +145,7 @@ def test_a_job_shares_the_engine_that_answers_requests(
     done = threading.Event()
 
     def ask_on() -> list[str]:
-        found = []
+        found: list[str] = []
         with openai.OpenAI(base_url=f"{endpoint}/v1", api_key="-", max_retries=0, timeout=120) as client:
             while not done.is_set() or not found:
                 reply = client.chat.completions.create(**question(options, images, len(found) % 3))
@@ -284,10 +285,3 @@ def test_replicas_follow_the_options(model: Model, engine: EngineOptions, size: 
 def test_an_open_endpoint_is_not_even_built(model: Model) -> None:
     with pytest.raises(ConfigError, match="no API keys"):
         build_application(EndpointOptions(model, host="0.0.0.0"))
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)

@@ -22,6 +22,7 @@ from pipeline.train_processes import train_in_processes
 from smolvlm.scratch import Shape, TextShape, VisionShape
 from smolvlm.training.checkpoint import latest_checkpoint, load_state
 from smolvlm.training.fresh import NUM_TOKENS
+from smolvlm.training.loop import StepReport
 from smolvlm.training.plan import Evaluation, LabelledData, Optimizer, Stage, Start, TrainingPlan
 from smolvlm.training.run import Data, SourceData, run_training
 
@@ -149,7 +150,7 @@ def test_two_processes_stop_die_and_still_do_what_one_does(
     plan, data = pair_of(fatal=40, deaths=1)  # of the second window
     steps: list[int] = []
 
-    def note(report: Any, score: object) -> None:
+    def note(report: StepReport, score: object) -> None:
         steps.append(report.step)
 
     assert train_in_processes(plan, data, 1, note, lambda: len(steps) >= 2) is None

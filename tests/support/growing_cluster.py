@@ -30,7 +30,7 @@ import ray
 from standin import PixelAnswerer
 
 from pipeline.errors import ConfigError
-from pipeline.generate import Pending
+from pipeline.generate import Answer, Pending
 from pipeline.job import EngineOptions, Job, Model, Output, Source, Task
 from pipeline.run import run
 from smolvlm.image import Tiles
@@ -79,13 +79,13 @@ class BusyUntilGrown(PixelAnswerer):
     def submit(self, tiles: Tiles, task: Task, seed: int) -> Pending:
         pending = super().submit(tiles, task, seed)
 
-        def wait() -> "object":
+        def wait() -> Answer:
             until = time.monotonic() + 5.0
             while len(list(self._engines.iterdir())) < MAX_NODES and time.monotonic() < until:
                 time.sleep(0.1)
             return pending()
 
-        return wait  # type: ignore[return-value]
+        return wait
 
 
 class Watch:
@@ -97,7 +97,7 @@ class Watch:
 
     def _look(self) -> None:
         while True:
-            found = sum(node["Alive"] and "GPU" in node["Resources"] for node in ray.nodes())
+            found = sum(node["Alive"] and "GPU" in node["Resources"] for node in ray.nodes())  # type: ignore[no-untyped-call]
             if self.seen[-1:] != [found]:
                 self.seen.append(found)
             time.sleep(0.2)
@@ -114,7 +114,7 @@ def main() -> None:
     raise_loopback()
     with head(folder):
         ray.init(f"127.0.0.1:{PORT}", logging_level=logging.ERROR, log_to_driver=False)
-        watch, said = Watch(), []
+        watch, said = Watch(), list[str]()
         refusal = refused(job(source, folder / "refused", checkpoint, (MAX_NODES + 1, MAX_NODES + 1)))
         (folder / "engines").mkdir()
         factory = partial(BusyUntilGrown, engines=folder / "engines")

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-_LOOK_EVERY_S = 0.02
+_LOOK_EVERY_S = 0.05
 
 
 def wait_for(condition: Callable[[], object], seconds: float) -> None:

@@ -170,7 +170,7 @@ def test_a_huge_rate_ends_the_run_too(plan_of: MakePlan, make: ExampleMaker) -> 
         train(trainer_of(plan), make)
 
 
-def test_two_processes_are_one(plan_of: MakePlan, make: ExampleMaker, tmp_path: Path) -> None:
+def test_two_processes_are_one(plan_of: MakePlan, tmp_path: Path) -> None:
     """Each has its half of every step, of another length: gradients, losses and weights are those of the whole step."""
     optimizer, rate = Optimizer("adamw"), (1e-3, 1e-3)
     frozen, free = Stage("a", 2, 6, rate, freeze=("vision",)), Stage("b", 2, 6, rate, losses=Losses(1, 0.5, 0.5))
