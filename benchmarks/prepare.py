@@ -1,10 +1,11 @@
-"""Image preparation: file bytes → tiles, ours against transformers' `Idefics3ImageProcessorPil`, on one core.
+"""Image preparation: file bytes → tiles on one core: ours, exact and `fast`, and transformers' PIL processor.
 
     python benchmarks/prepare.py [--smoke] [--repeats N]
 
-Both decode the same JPEG and PNG files, in one process, taking turns image by image. The tiles are compared byte by
-byte first. transformers gets its pixels as its model wants them: float32, normalised; ours stay uint8, since the engine
-normalises on the device. The last line of stdout is one JSON object: images per second and per core.
+All decode the same JPEG and PNG files, in one process, taking turns image by image. The exact tiles are compared with
+transformers' byte by byte first, the fast ones with the exact ones: absolute differences in steps of 8-bit values.
+transformers gets its pixels as its model wants them: float32, normalised; ours stay uint8, since the engine normalises
+on the device. The last line of stdout is one JSON object: images per second and per core.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core each; before numpy starts its threads
@@ -30,7 +31,7 @@ from rich.table import Table
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from smolvlm.config import ImageConfig
-from smolvlm.image import ImagePolicy, decode_image, split_image
+from smolvlm.image import ImagePolicy, decode_image, split_decoded
 from smolvlm.scratch import SIZES
 
 UInt8 = npt.NDArray[np.uint8]
@@ -49,14 +50,23 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """Fast tiles less exact ones, absolute, in steps of 8-bit values."""
+
+    mean: float
+    percentile_99: float
+    largest: int
+
+
+@dataclass(frozen=True)
 class Result:
-    """Images per second in the median repeat, and the spread of their ratio over the repeats."""
+    """Images per second in each repeat; `fast` is another way than `ours`, with other pixels."""
 
     case: Case
-    ours: float
-    peer: float
-    lowest: float
-    highest: float
+    ours: list[float]
+    fast: list[float]
+    peer: list[float]
+    difference: Difference
 
 
 def photograph(width: int, height: int, seed: int) -> Image.Image:
@@ -87,7 +97,12 @@ def grey_page(width: int, height: int, seed: int) -> Image.Image:
 
 def cases(smoke: bool) -> list[Case]:
     photo, letter, thumb = ((40, 30), (51, 66), (16, 12)) if smoke else ((1600, 1200), (1275, 1650), (640, 480))
+    camera, scan = ((400, 300), (204, 264)) if smoke else ((4000, 3000), (2550, 3300))
     return [
+        Case("camera, 13 tiles", photograph, camera, "JPEG", 13),
+        Case("camera, unsplit", photograph, camera, "JPEG", 1, splitting=False),
+        Case("scan, 17 tiles", page, scan, "JPEG", 17),
+        Case("scan, unsplit", page, scan, "JPEG", 1, splitting=False),
         Case("photo, 13 tiles", photograph, photo, "JPEG", 13),
         Case("page, 17 tiles", page, letter, "PNG", 17),
         Case("grey page, 17 tiles", grey_page, letter, "JPEG", 17),
@@ -120,8 +135,9 @@ def peer_processor(config: ImageConfig, pixels_only: bool) -> Idefics3ImageProce
     )
 
 
-def prepare_ours(data: bytes, config: ImageConfig, splitting: bool) -> UInt8:
-    return split_image(decode_image(data).image, config, ImagePolicy(image_splitting=splitting)).pixels
+def prepare_ours(data: bytes, config: ImageConfig, splitting: bool, fast: bool = False) -> UInt8:
+    policy = ImagePolicy(image_splitting=splitting, fast=fast)
+    return split_decoded(decode_image(data, needed=policy.needed(config)), config, policy).pixels
 
 
 def prepare_peer(data: bytes, processor: Idefics3ImageProcessorPil, splitting: bool) -> npt.NDArray[Any]:
@@ -140,19 +156,26 @@ def assert_equal_tiles(case: Case, files: list[bytes], config: ImageConfig) -> N
             raise SystemExit(f"{case.name}: the tiles differ from those of transformers")
 
 
+def differences(case: Case, files: list[bytes], config: ImageConfig) -> Difference:
+    exact = np.stack([prepare_ours(data, config, case.splitting) for data in files])
+    fast = np.stack([prepare_ours(data, config, case.splitting, fast=True) for data in files])
+    apart = np.abs(fast.astype(np.int16) - exact)
+    return Difference(float(apart.mean()), float(np.percentile(apart, 99)), int(apart.max()))
+
+
 def measure(case: Case, files: list[bytes], config: ImageConfig, repeats: int) -> Result:
     assert_equal_tiles(case, files, config)
     processor = peer_processor(config, pixels_only=False)
-    ours, peer = [], []
+    result = Result(case, [], [], [], differences(case, files, config))
     for _ in range(repeats):
-        mine, theirs = 0.0, 0.0
+        exact, fast, theirs = 0.0, 0.0, 0.0
         for data in files:
-            mine += seconds(prepare_ours, data, config, case.splitting)
+            exact += seconds(prepare_ours, data, config, case.splitting)
+            fast += seconds(prepare_ours, data, config, case.splitting, True)
             theirs += seconds(prepare_peer, data, processor, case.splitting)
-        ours.append(len(files) / mine)
-        peer.append(len(files) / theirs)
-    ratios = [mine / theirs for mine, theirs in zip(ours, peer, strict=True)]
-    return Result(case, statistics.median(ours), statistics.median(peer), min(ratios), max(ratios))
+        for rates, spent in zip((result.ours, result.fast, result.peer), (exact, fast, theirs), strict=True):
+            rates.append(len(files) / spent)
+    return result
 
 
 def seconds(work: Callable[..., object], *arguments: object) -> float:
@@ -163,21 +186,40 @@ def seconds(work: Callable[..., object], *arguments: object) -> float:
 
 
 def show(results: list[Result]) -> None:
-    table = Table("case", "ours, images/s", "transformers, images/s", "ratio", "lowest to highest")
+    rates = Table("case", "ours, images/s", "fast", "transformers", "ours / transformers", "fast / ours")
+    pixels = Table("fast against exact, steps of 8 bits", "mean", "99th percentile", "largest")
     for result in results:
-        spread = f"{result.lowest:.2f} to {result.highest:.2f}"
-        ratio = f"{result.ours / result.peer:.2f}"
-        table.add_row(result.case.name, f"{result.ours:.2f}", f"{result.peer:.2f}", ratio, spread)
-    Console(width=110).print(table)
+        sides = [f"{statistics.median(side):.2f}" for side in (result.ours, result.fast, result.peer)]
+        rates.add_row(result.case.name, *sides, spread(result.ours, result.peer), spread(result.fast, result.ours))
+        apart = result.difference
+        pixels.add_row(result.case.name, f"{apart.mean:.2f}", f"{apart.percentile_99:.0f}", f"{apart.largest}")
+    console = Console(width=118)
+    console.print(rates)
+    console.print(pixels)
     print(f"one core, {platform.machine()}; pillow {PIL.__version__}, transformers {transformers.__version__}")
+
+
+def spread(rates: list[float], others: list[float]) -> str:
+    """The ratio of the medians, and the lowest and highest of a repeat."""
+    ratios = [rate / other for rate, other in zip(rates, others, strict=True)]
+    ratio = statistics.median(rates) / statistics.median(others)
+    return f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def summary(results: list[Result]) -> dict[str, Any]:
     """The means are those of a job that holds as many images of each case."""
-    ours = statistics.harmonic_mean([result.ours for result in results])
-    peer = statistics.harmonic_mean([result.peer for result in results])
-    each = {r.case.name: {"ours": r.ours, "peer": r.peer, "ratio": r.ours / r.peer} for r in results}
-    return {"ours": ours, "peer": peer, "ratio": ours / peer, "unit": "images/s per core", "cases": each}
+    sides = ("ours", "fast", "peer")
+    cases = {r.case.name: {side: statistics.median(getattr(r, side)) for side in sides} for r in results}
+    means = {side: statistics.harmonic_mean([case[side] for case in cases.values()]) for side in sides}
+    return {
+        **compared(means),
+        "unit": "images/s per core",
+        "cases": {r.case.name: {**compared(cases[r.case.name]), "difference": asdict(r.difference)} for r in results},
+    }
+
+
+def compared(rates: dict[str, float]) -> dict[str, float]:
+    return {**rates, "ratio": rates["ours"] / rates["peer"], "fast_ratio": rates["fast"] / rates["ours"]}
 
 
 def main() -> None:

@@ -14,5 +14,7 @@ def test_prepare_runs() -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["ratio"] == report["ours"] / report["peer"]
-    assert len(report["cases"]) == 5
-    assert all(case["ours"] > 0 and case["peer"] > 0 for case in report["cases"].values())
+    assert report["fast_ratio"] == report["fast"] / report["ours"]
+    assert len(report["cases"]) == 9
+    assert all(min(case["ours"], case["fast"], case["peer"]) > 0 for case in report["cases"].values())
+    assert all(0 < case["difference"]["mean"] < 10 for case in report["cases"].values())

@@ -50,6 +50,7 @@ def test_a_claim_is_written_once_and_says_what_ran(destination: Location, job: J
         ({"source": Source("s3://b/other/")}, "source.uri: 's3://b/in/' in the output, 's3://b/other/' now"),
         ({"source": Source("s3://b/in/", glob="*.jpg")}, "source.glob"),
         ({"image": ImageOptions(longest_edge=512)}, "image.longest_edge: None in the output, 512 now"),
+        ({"image": ImageOptions(fast=True)}, "image.fast: None in the output, True now"),
     ],
 )
 def test_a_different_job_is_refused_naming_the_difference(
@@ -62,6 +63,10 @@ def test_a_different_job_is_refused_naming_the_difference(
         assert named in str(caught.value)
         assert "Restore the job or choose another output" in str(caught.value)
         assert len(str(caught.value).splitlines()) - 2 <= 6  # only what differs
+
+
+def test_an_output_from_before_there_were_fast_images_goes_on(job: Job) -> None:
+    assert "image.fast" not in fingerprint(job)
 
 
 def test_how_a_job_runs_may_change(destination: Location, job: Job) -> None:
