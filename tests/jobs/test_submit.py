@@ -166,8 +166,9 @@ def test_a_call_without_the_token_is_refused(cluster: LocalCluster, tmp_path: Pa
     job = write_job(tmp_path, tiny_checkpoint, draw_images(tmp_path / "images", 1))
     wrong = tmp_path / "wrong"
     wrong.write_text("a" * 64)
-    calls: tuple[tuple[str | Path, ...], ...]
-    calls = (("submit", job), ("logs", "x"), ("cancel", "x"), ("list",), ("status", "x"))
+    calls: list[tuple[str | Path, ...]] = [
+        ("submit", job), ("logs", "x"), ("cancel", "x"), ("list",), ("status", "x"),
+    ]  # fmt: skip
     strangers = ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(wrong)})
     for call, stranger in zip(calls, [*strangers, *strangers, strangers[0]], strict=True):
         refused = smolvlm(*call, "--address", cluster.dashboard, **stranger)
