@@ -68,8 +68,8 @@ class ImageOptions:
     upscale: bool = True
     splitting: bool | None = None
     fast: bool = False
-    """Prepare images sooner, with slightly different pixels in the same tiles: JPEGs are decoded no larger than needed,
-    and resized once."""
+    """Prepare images sooner, with slightly different pixels in the same grid of tiles: a JPEG is decoded smaller where
+    that is enough, and every image is resized once."""
     max_pixels: Annotated[int, Interval(gt=0, le=178_956_970)] = 50_000_000
     """Larger images are refused from their header; the decoding library itself stops at 178,956,970."""
     max_bytes: Annotated[int, Gt(0)] = 100_000_000
