@@ -67,7 +67,7 @@ def smoothed(losses: list[float], width: int = 20) -> list[float]:
     return [sum(losses[start : start + width]) / width for start in range(0, len(losses) - width + 1, width)]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_fifty_words_are_learned_by_heart_also_in_two_goes(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     whole, parts = plan_in(tmp_path / "whole"), plan_in(tmp_path / "parts")
