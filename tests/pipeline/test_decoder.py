@@ -10,34 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import pytest
+from decoder_pictures import CONFIG, POLICY, picture
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from waiting import wait_for
 
 from pipeline.decode_process import DecoderOptions
 from pipeline.decoder import MAX_CRASHES, Decoder
 from pipeline.decoder_child import Prepared
-from smolvlm.config import ImageConfig
 from smolvlm.image import ImageLimits, ImagePolicy, decode_image, split_image
-
-CONFIG = ImageConfig(tile_size=32, longest_edge=128, do_image_splitting=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-POLICY = ImagePolicy(upscale=False)
 
 
 def options(timeout_s: float = 20.0, memory_bytes: int = 4 << 30, max_pixels: int = 1_000_000) -> DecoderOptions:
     return DecoderOptions(CONFIG, POLICY, ImageLimits(max_pixels=max_pixels), timeout_s, memory_bytes)
-
-
-def picture(seed: int, poison: str | None = None) -> bytes:
-    rng = np.random.default_rng(seed)
-    width, height = rng.integers(20, 150, 2).tolist()
-    target, info = io.BytesIO(), PngInfo()
-    if poison:
-        info.add_text("comment", f"poison:{poison}")
-    Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(target, "PNG", pnginfo=info)
-    return target.getvalue()
 
 
 def starts(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:

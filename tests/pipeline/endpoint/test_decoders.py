@@ -1,7 +1,6 @@
 """Decoders on an event loop: what one request does to its decoder, the next one does not see."""
 
 import asyncio
-import io
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -9,17 +8,12 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from decoder_pictures import CONFIG, POLICY, picture
 
 from pipeline.decode_process import DecoderOptions
 from pipeline.endpoint.decoders import DecoderPool
 from pipeline.endpoint.images import ImageRefused, SplitImage
-from smolvlm.config import ImageConfig
-from smolvlm.image import ImageLimits, ImagePolicy, decode_image, split_image
-
-CONFIG = ImageConfig(tile_size=32, longest_edge=128, do_image_splitting=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-POLICY = ImagePolicy(upscale=False)
+from smolvlm.image import ImageLimits, decode_image, split_image
 
 
 @asynccontextmanager
@@ -31,15 +25,6 @@ async def pool_of(size: int) -> AsyncIterator[DecoderPool]:
         pool.close()
 
 
-def picture(seed: int, side: int = 100, poison: str | None = None) -> bytes:
-    target, info = io.BytesIO(), PngInfo()
-    if poison:
-        info.add_text("comment", f"poison:{poison}")
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
-    Image.fromarray(pixels).save(target, "PNG", pnginfo=info)
-    return target.getvalue()
-
-
 def assert_is(found: SplitImage, data: bytes) -> None:
     expected = split_image(decode_image(data).image, CONFIG, POLICY)
     assert np.array_equal(found.tiles.pixels, expected.pixels)
@@ -47,7 +32,7 @@ def assert_is(found: SplitImage, data: bytes) -> None:
 
 
 def test_everyone_gets_their_own_tiles() -> None:
-    images = [picture(seed, 20 + 5 * seed) for seed in range(20)]
+    images = [picture(seed, side=20 + 5 * seed) for seed in range(20)]
 
     async def all_at_once() -> list[SplitImage]:
         async with pool_of(2) as pool:
@@ -59,7 +44,7 @@ def test_everyone_gets_their_own_tiles() -> None:
 
 def test_who_leaves_takes_nothing_along() -> None:
     """Wherever the request was: its image half sent, being decoded, or answered."""
-    large, small = picture(1, 1500), picture(2)
+    large, small = picture(1, side=1500), picture(2)
 
     async def after_leaving(seconds: float) -> SplitImage:
         async with pool_of(1) as pool:
