@@ -18,7 +18,7 @@ from pipeline.endpoint.fetch_url import UrlFetcher
 from pipeline.endpoint.images import ImageRefused, SplitImage, data_url_bytes, policy_for
 from pipeline.endpoint.options import EndpointOptions
 from pipeline.endpoint.text import AnswerText, TokenBytes, TokenLogprobs
-from smolvlm.image import ImagePolicy, Tiles
+from smolvlm.image import Tiles
 from smolvlm.processor import ModelInput, Processor
 
 SHORT_TEXT_CHARS = 4096
@@ -100,7 +100,6 @@ class ChatService:
         self.token_bytes = TokenBytes(processor.tokenizer)
         self._processor = processor
         self._decoders = decoders
-        self._policy = ImagePolicy(image.longest_edge, image.upscale, image.splitting, fast=image.fast)
         self._fetcher = UrlFetcher(options.allowed_image_hosts, image.max_bytes, image.timeout_s)
 
     async def prepare(self, request: ChatRequest, take_tiles: Take) -> tuple[Chat, EngineRequest]:
@@ -153,7 +152,7 @@ class ChatService:
         for place, image in request.images:
             try:
                 data = await self._bytes(image.url)
-                policy = policy_for(self._policy, image.detail, request.smolvlm.max_tiles)
+                policy = policy_for(self._decoders.policy, image.detail, request.smolvlm.max_tiles)
                 images.append(await self._decoders.split(data, policy))
             except ImageRefused as refused:
                 raise image_error(refused.code, place) from None

@@ -34,6 +34,11 @@ class DecoderPool:
         return self._options.limits.max_bytes
 
     @property
+    def policy(self) -> ImagePolicy:
+        """How images are split where a request does not say otherwise."""
+        return self._options.policy
+
+    @property
     def pids(self) -> list[int]:
         """Process ids of the children that run now."""
         return [decoder.child.pid for decoder in self._decoders if decoder.child is not None]
