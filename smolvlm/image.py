@@ -5,7 +5,7 @@
 
 A `fast` policy makes the same grid of tiles sooner, of slightly different pixels.
 
-Needs numpy and pillow only: decoder processes import this module and must start fast.
+Needs numpy, pillow and simplejpeg only: decoder processes import this module and must start fast.
 
 Two rules, since libraries differ: an EXIF orientation is applied to files and never to PIL objects; transparency is
 composited on white.
@@ -22,12 +22,12 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageChops
+from PIL import Image, UnidentifiedImageError
 
 from smolvlm.config import ImageConfig
 from smolvlm.cpu.resize import Box, lanczos
 from smolvlm.formats import ALLOWED, is_truncated, sniff
-from smolvlm.reduce import Needed, Size, reduce_jpeg
+from smolvlm.jpeg import Needed, Size, jpeg_pixels, reduce_jpeg
 from smolvlm.rgb import to_rgb
 from smolvlm.tiling import first_size, largest_edge, whole_tiles
 
@@ -37,6 +37,7 @@ Code = Literal[
 UInt8 = npt.NDArray[np.uint8]
 
 ORIENTATION = 0x0112
+SAMPLED = 32  # rows and columns, to see soon that most pictures are not grey
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -136,16 +137,22 @@ class Tiles:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """A decoded file: an RGB image, upright; `format` as Pillow names it; `width` and `height` of the picture upright.
+    """A decoded file: `pixels` uint8 [H, W, 3], RGB, or [H, W, 1] of a grey one, upright; `format` as Pillow names it;
+    `width` and `height` of the picture upright.
 
-    The picture is what `box` covers of `image`: all of it, in its own size, unless it was reduced.
+    The picture is what `box` covers of the pixels: all of them, in its own size, unless it was reduced.
     """
 
-    image: Image.Image
+    pixels: UInt8
     format: str
     width: int
     height: int
     box: Box
+
+    @property
+    def image(self) -> Image.Image:
+        """The pixels as Pillow has them, in RGB."""
+        return _as_image(self.pixels).convert("RGB")
 
 
 def decode_image(data: bytes, limits: ImageLimits = ImageLimits(), needed: Needed | None = None) -> DecodedImage:
@@ -167,7 +174,11 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits(), needed: Neede
     except Exception as error:  # Pillow's plugins raise nearly every type there is on damaged files
         if isinstance(error, OSError) and "truncated" in str(error):
             raise ImageError("truncated", f"the data of the {kind} image ends early: {error}") from None
-        raise ImageError("decode_failed", f"damaged {kind} image: {type(error).__name__}: {error}") from error
+        # What Pillow says of a header that it cannot read is where in memory the bytes were.
+        reason = (
+            "no readable header" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+        )
+        raise ImageError("decode_failed", f"damaged {kind} image: {reason}") from error
 
 
 def _admit(data: bytes, limits: ImageLimits) -> str:
@@ -194,17 +205,18 @@ def _decode(data: bytes, kind: str, limits: ImageLimits, needed: Needed | None) 
     if width * height == 0:
         raise ImageError("decode_failed", f"the {kind} image is {width}×{height} pixels")
     if needed is not None and kind == "JPEG":
-        return _decode_reduced(image, needed)
-    image.load()
-    upright = _upright(to_rgb(image), _orientation(image))
-    return DecodedImage(upright, kind, *upright.size, box=(0, 0, *upright.size))
+        size, box = reduce_jpeg(image, needed, _orientation(image))
+        return DecodedImage(_upright_pixels(image, data, kind), kind, *size, box)
+    pixels = _upright_pixels(image, data, kind)
+    height, width, _ = pixels.shape
+    return DecodedImage(pixels, kind, width, height, box=(0, 0, width, height))
 
 
-def _decode_reduced(image: Image.Image, needed: Needed) -> DecodedImage:
-    orientation = _orientation(image)
-    size, box = reduce_jpeg(image, needed, orientation)
-    image.load()
-    return DecodedImage(_upright(to_rgb(image), orientation), "JPEG", *size, box)
+def _upright_pixels(image: Image.Image, data: bytes, kind: str) -> UInt8:
+    pixels = jpeg_pixels(data, image) if kind == "JPEG" else None
+    pixels = _as_array(image) if pixels is None else pixels
+    orientation = _orientation(image)  # not before: Pillow turns TIFFs itself as it loads them
+    return pixels if orientation == 1 else _as_array(_as_image(pixels).transpose(TRANSPOSE[orientation]))
 
 
 def _open(data: bytes, kind: str) -> Image.Image:
@@ -228,28 +240,24 @@ def _orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) and orientation in TRANSPOSE else 1
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    return image if orientation == 1 else image.transpose(TRANSPOSE[orientation])
-
-
 def split_image(image: Image.Image, config: ImageConfig, policy: ImagePolicy = ImagePolicy()) -> Tiles:
     """Resize an image and cut it into tiles of config.tile_size.
 
     Byte-equal to transformers' `Idefics3ImageProcessorPil` before its rescaling, with the checkpoint's own sizes: three
     LANCZOS resizes with 8-bit rounding between them. Raises ValueError for an image without pixels.
     """
-    return _split(image, image.size, (0, 0, *image.size), config, policy)
+    return _split(_as_array(image), image.size, (0, 0, *image.size), config, policy)
 
 
 def split_decoded(decoded: DecodedImage, config: ImageConfig, policy: ImagePolicy = ImagePolicy()) -> Tiles:
     """The same for a decoded file, which may be reduced: into the grid of the picture as it was."""
-    return _split(decoded.image, (decoded.width, decoded.height), decoded.box, config, policy)
+    return _split(decoded.pixels, (decoded.width, decoded.height), decoded.box, config, policy)
 
 
-def _split(image: Image.Image, size: Size, box: Box, config: ImageConfig, policy: ImagePolicy) -> Tiles:
+def _split(pixels: UInt8, size: Size, box: Box, config: ImageConfig, policy: ImagePolicy) -> Tiles:
     if 0 in size:
         raise ValueError(f"an image of {size[0]}×{size[1]} pixels cannot be split into tiles")
-    pixels, side = _as_array(_one_band_if_grey(image)), config.tile_size
+    pixels, side = _one_band_if_grey(pixels), config.tile_size
     first, last = policy.sizes(*size, config)
     if not policy.fast:
         pixels, box = _resize(pixels, first, box), (0, 0, *first)
@@ -261,22 +269,26 @@ def _split(image: Image.Image, size: Size, box: Box, config: ImageConfig, policy
     return _cut(whole, _resize(whole, (side, side), (0, 0, *last)))
 
 
-def _one_band_if_grey(image: Image.Image) -> Image.Image:
+def _one_band_if_grey(pixels: UInt8) -> UInt8:
     """Scans are often grey, most of them stored in colour: one band, resized once, gives the same bytes as three."""
-    if image.mode == "L" and "transparency" not in image.info:
-        return image
-    image = to_rgb(image)
-    sample = np.asarray(image.resize((32, 32), Image.Resampling.NEAREST))
-    if (sample != sample[..., :1]).any():
-        return image
-    red, green, blue = image.split()
-    same = all(ImageChops.difference(red, other).getbbox() is None for other in (green, blue))
-    return red if same else image
+    some = pixels[:: 1 + len(pixels) // SAMPLED, :: 1 + pixels.shape[1] // SAMPLED]
+    is_grey = _is_grey(some) and _is_grey(pixels)
+    return np.ascontiguousarray(pixels[..., :1]) if is_grey else pixels
+
+
+def _is_grey(pixels: UInt8) -> bool:
+    return all(np.array_equal(pixels[..., 0], pixels[..., band]) for band in range(1, pixels.shape[2]))
 
 
 def _as_array(image: Image.Image) -> UInt8:
     """[H, W, 3], or [H, W, 1] of a grey image, which spreads over the channels it is assigned to."""
-    return np.asarray(image).reshape(image.height, image.width, -1)
+    image.load()
+    pixels = np.asarray(image if image.mode == "L" and "transparency" not in image.info else to_rgb(image))
+    return pixels if pixels.ndim == 3 else pixels[..., np.newaxis]
+
+
+def _as_image(pixels: UInt8) -> Image.Image:
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 def _resize(pixels: UInt8, size: Size, box: Box) -> UInt8:
@@ -285,9 +297,10 @@ def _resize(pixels: UInt8, size: Size, box: Box) -> UInt8:
 
 
 def _single(pixels: UInt8) -> Tiles:
-    tile = np.empty((1, *pixels.shape[:2], 3), np.uint8)
-    tile[0] = pixels
-    return Tiles(tile, rows=0, cols=0)
+    """The tile is the pixels themselves where they are nobody else's."""
+    if pixels.shape[2] == 1:
+        pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+    return Tiles(np.require(pixels, requirements=["C", "W"])[None], rows=0, cols=0)
 
 
 def _cut(pixels: UInt8, whole: UInt8) -> Tiles:

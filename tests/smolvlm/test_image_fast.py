@@ -21,7 +21,7 @@ from smolvlm.image import (
     split_decoded,
     split_image,
 )
-from smolvlm.reduce import SLACK
+from smolvlm.jpeg import SLACK
 
 CONFIG = ImageConfig(64, 256, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 FAST = ImagePolicy(fast=True)
