@@ -1,8 +1,9 @@
 """What a request says about its images: the bytes in `data:` URLs, and how to split them."""
 
-import binascii
 import re
 from dataclasses import dataclass, replace
+
+import pybase64
 
 from smolvlm.image import ImagePolicy, Tiles
 
@@ -37,8 +38,8 @@ def data_url_bytes(url: str, max_bytes: int) -> bytes:
     if (len(url) - head.end()) // 4 * 3 > max_bytes + 3:
         raise ImageRefused("too_many_bytes")
     try:
-        return binascii.a2b_base64(url[head.end() :].encode("ascii"), strict_mode=True)
-    except (binascii.Error, UnicodeEncodeError):
+        return pybase64.b64decode(url[head.end() :], validate=True)
+    except ValueError:
         raise ImageRefused("invalid_data_url") from None
 
 
