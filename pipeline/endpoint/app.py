@@ -2,23 +2,22 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from pipeline.endpoint.api import ChatCompletion, ChatRequest, ErrorBody, ModelCard, ModelList
+from pipeline.endpoint.budget import Take
 from pipeline.endpoint.chat import ChatService
 from pipeline.endpoint.client import EngineStatus, EngineUnavailable
 from pipeline.endpoint.completions import stream, unless_gone, whole
 from pipeline.endpoint.errors import ApiError, internal_error, unavailable
 from pipeline.endpoint.explain import validation_error
-from pipeline.endpoint.guard import CHAT_PATH, Guard
+from pipeline.endpoint.guard import CHAT_PATH, Completions, Guard
 from pipeline.endpoint.keys import ApiKeys
 from pipeline.endpoint.metrics import Metrics
 from pipeline.page import load_page
@@ -35,24 +34,24 @@ def create_app(service: ChatService, keys: ApiKeys | None) -> ASGIApp:
     """Put the endpoint together. It is Ray-free: `service.client` knows where the engines are."""
     metrics = Metrics()
     app = FastAPI(title="smolvlm", docs_url=None, redoc_url=None, redirect_slashes=False, responses=REFUSALS)
-    _add_completions(app, service, metrics)
+    _document_completions(app)
     _add_models(app, service)
     _add_operation(app, service, metrics)
     _add_errors(app)
     options = service.options
-    return Guard(app, keys, not options.insecure, options.limits, metrics)
+    return Guard(app, _completions(service, metrics), keys, not options.insecure, options.limits, metrics)
 
 
-class ChatRoute(APIRoute):
-    """Reads the bytes of a body straight into a ChatRequest: a picture's megabyte of base64 is gone through once.
-    FastAPI would make plain objects of it first, and knows the signature for its OpenAPI document only."""
+def _completions(service: ChatService, metrics: Metrics) -> Completions:
+    """What answers the bytes of a body. It stands beside FastAPI, whose layers take as long as the reading, and which
+    would make plain objects of a picture's megabyte of base64 before it makes a ChatRequest."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        async def answer(request: Request) -> Response:
-            response: Response = await self.endpoint(_read(await request.body()), request)
-            return response
+    async def answer(body: bytes, request: Request, take_tiles: Take) -> Response:
+        chat = _read(body)
+        answering = stream if chat.stream else whole
+        return await unless_gone(request, answering(service, chat, take_tiles, metrics), metrics)
 
-        return answer
+    return answer
 
 
 def _read(body: bytes) -> ChatRequest:
@@ -62,16 +61,11 @@ def _read(body: bytes) -> ChatRequest:
         raise validation_error(error.errors(include_url=False, include_input=False), body) from None
 
 
-def _add_completions(app: FastAPI, service: ChatService, metrics: Metrics) -> None:
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+def _document_completions(app: FastAPI) -> None:
+    @app.post(CHAT_PATH, response_model=ChatCompletion, responses=STREAMED)
+    async def chat_completions(body: ChatRequest) -> Response:
         """Answer a conversation; with `stream` as server-sent events."""
-        answering = stream if body.stream else whole
-        return await unless_gone(request, answering(service, body, request.state.take_tiles, metrics), metrics)
-
-    app.router.add_api_route(
-        CHAT_PATH, chat_completions, methods=["POST"], response_model=ChatCompletion, responses=STREAMED,
-        route_class_override=ChatRoute,
-    )  # fmt: skip
+        raise AssertionError("the guard has these answered before they come here")
 
 
 def _add_models(app: FastAPI, service: ChatService) -> None:

@@ -1,13 +1,16 @@
 """What a request meets before any route: key, host, sizes, places left. Plain ASGI, so that nothing is read too early.
 
-A refused request costs no more than its headers; a body is counted while it comes and given to the routes whole.
+A refused request costs no more than its headers; a completion's body is counted while it comes, and answered whole.
 """
 
 import asyncio
 import logging
 import uuid
+from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.endpoint.budget import Budget, Take
@@ -21,15 +24,28 @@ CHAT_PATH = "/v1/chat/completions"
 SLOW_READER_S = 60.0  # beyond the time of the answer itself, for a client that reads it slowly
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
+Completions = Callable[[bytes, Request, Take], Awaitable[Response]]
+"""Answers a body. The request says only whether its client is still there."""
+
 logger = logging.getLogger("smolvlm.endpoint")
 
 
 class Guard:
-    """Wraps the routes. `keys` None: everyone may ask, with `local_only` under a name of this machine's own, since a
-    web page could otherwise reach the server through the browser of someone who sits at it."""
+    """Wraps the routes, and has completions answered past them. `keys` None: everyone may ask, with `local_only` under
+    a name of this machine's own, since a web page could otherwise reach the server through the browser of someone who
+    sits at it."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys | None, local_only: bool, limits: Limits, metrics: Metrics) -> None:
-        self._app, self._keys, self._local_only = app, keys, local_only
+    def __init__(
+        self,
+        app: ASGIApp,
+        completions: Completions,
+        keys: ApiKeys | None,
+        local_only: bool,
+        limits: Limits,
+        metrics: Metrics,
+    ) -> None:
+        self._app, self._completions = app, completions
+        self._keys, self._local_only = keys, local_only
         self._limits, self._metrics = limits, metrics
         self._places = Budget(limits.max_requests)
         self._body_bytes = Budget(limits.max_total_body_bytes)
@@ -61,11 +77,9 @@ class Guard:
             await self._app(scope, _without_body(receive), send)
             return
         self._check_announced(headers)
-        with self._places.share() as take_places, self._body_bytes.share() as take_bytes, self._tiles.share() as take:
+        with self._places.share() as take_places, self._metrics.in_flight.track_inprogress():
             take_places(1)
-            scope["state"]["take_tiles"] = take
-            with self._metrics.in_flight.track_inprogress():
-                await self._with_body(scope, receive, send, take_bytes)
+            await self._complete(scope, receive, send)
 
     def _check_caller(self, scope: Scope, headers: Headers) -> None:
         if scope["path"] in OPEN_PATHS:
@@ -90,17 +104,19 @@ class Guard:
     def _too_large(self) -> ApiError:
         return ApiError(413, "body_too_large", f"the body has more than {self._limits.max_body_bytes} bytes")
 
-    async def _with_body(self, scope: Scope, receive: Receive, send: Send, take_bytes: Take) -> None:
-        body = await self._read(receive, take_bytes)
-        if body is None:
-            self._metrics.disconnects.inc()
-            return
-        try:
-            with self._metrics.latency.time():
-                async with asyncio.timeout(self._limits.request_timeout_s + SLOW_READER_S):
-                    await self._app(scope, _replay(body, receive), send)
-        except TimeoutError:
-            raise ApiError(504, "timeout", "the answer took too long") from None
+    async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._body_bytes.share() as take_bytes, self._tiles.share() as take_tiles:
+            body = await self._read(receive, take_bytes)
+            if body is None:
+                self._metrics.disconnects.inc()
+                return
+            try:
+                with self._metrics.latency.time():
+                    async with asyncio.timeout(self._limits.request_timeout_s + SLOW_READER_S):
+                        response = await self._completions(body, Request(scope, receive), take_tiles)
+                        await response(scope, receive, send)
+            except TimeoutError:
+                raise ApiError(504, "timeout", "the answer took too long") from None
 
     async def _read(self, receive: Receive, take_bytes: Take) -> bytes | None:
         """Gather the body within its time; None if the client leaves meanwhile."""
@@ -140,23 +156,18 @@ class _Reply:
         await self._send(message)
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Give the body once, then whatever comes: only the end of the connection can."""
+def _without_body(receive: Receive) -> Receive:
+    """For routes that take none: what a client sends anyway is not looked at."""
     given = False
 
-    async def replay() -> Message:
+    async def empty() -> Message:
         nonlocal given
         if given:
             return await receive()
         given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": b"", "more_body": False}
 
-    return replay
-
-
-def _without_body(receive: Receive) -> Receive:
-    """For routes that take none: what a client sends anyway is not looked at."""
-    return _replay(b"", receive)
+    return empty
 
 
 def _challenge(scope: Scope, error: ApiError) -> dict[str, str]:
@@ -168,6 +179,8 @@ def _challenge(scope: Scope, error: ApiError) -> dict[str, str]:
 
 def _route(scope: Scope) -> str:
     """The route that matched; not the path, which is the client's own text."""
+    if scope["path"] == CHAT_PATH:
+        return CHAT_PATH
     return getattr(scope.get("route"), "path", "none")
 
 
