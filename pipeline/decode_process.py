@@ -17,6 +17,7 @@ import signal
 import struct
 import sys
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 from smolvlm.config import ImageConfig
@@ -58,6 +59,7 @@ class DecoderOptions:
         )
 
 
+@lru_cache  # an endpoint's requests ask for the same few
 def batch_header(policy: ImagePolicy | None) -> bytes:
     """Return what begins a batch."""
     text = b"" if policy is None else json.dumps(asdict(policy)).encode()
@@ -67,7 +69,8 @@ def batch_header(policy: ImagePolicy | None) -> bytes:
 def main() -> None:
     """Serve until stdin ends."""
     options = DecoderOptions.from_json(sys.argv[1])
-    native_library("resize")  # compiling it is nothing that an image's time or memory pays for
+    for name in ("resize", "pack"):
+        native_library(name)  # compiling them is nothing that an image's time or memory pays for
     resource.setrlimit(resource.RLIMIT_AS, (options.memory_bytes, options.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(4)  # an engine on the same CPUs works with threads in step: a core taken from one of them stops them all

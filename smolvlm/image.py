@@ -27,7 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from smolvlm.config import ImageConfig
 from smolvlm.cpu.resize import Box, lanczos
 from smolvlm.formats import ALLOWED, is_truncated, sniff
-from smolvlm.jpeg import Needed, Size, jpeg_pixels, reduce_jpeg
+from smolvlm.jpeg import Needed, Size, jpeg_pixels, reduce_jpeg, upright
 from smolvlm.rgb import to_rgb
 from smolvlm.tiling import first_size, largest_edge, whole_tiles
 
@@ -36,17 +36,8 @@ Code = Literal[
 ]
 UInt8 = npt.NDArray[np.uint8]
 
-ORIENTATION = 0x0112
+ORIENTATION, ORIENTATIONS = 0x0112, range(1, 9)
 SAMPLED = 32  # rows and columns, to see soon that most pictures are not grey
-TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class ImageError(ValueError):
@@ -215,8 +206,7 @@ def _decode(data: bytes, kind: str, limits: ImageLimits, needed: Needed | None) 
 def _upright_pixels(image: Image.Image, data: bytes, kind: str) -> UInt8:
     pixels = jpeg_pixels(data, image) if kind == "JPEG" else None
     pixels = _as_array(image) if pixels is None else pixels
-    orientation = _orientation(image)  # not before: Pillow turns TIFFs itself as it loads them
-    return pixels if orientation == 1 else _as_array(_as_image(pixels).transpose(TRANSPOSE[orientation]))
+    return upright(pixels, _orientation(image))  # asked now: Pillow turns TIFFs itself as it loads them
 
 
 def _open(data: bytes, kind: str) -> Image.Image:
@@ -237,7 +227,7 @@ def _orientation(image: Image.Image) -> int:
         orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # EXIF is an untyped blob that cameras and editors break in every way; the pixels are good
         return 1
-    return orientation if isinstance(orientation, int) and orientation in TRANSPOSE else 1
+    return orientation if isinstance(orientation, int) and orientation in ORIENTATIONS else 1
 
 
 def split_image(image: Image.Image, config: ImageConfig, policy: ImagePolicy = ImagePolicy()) -> Tiles:

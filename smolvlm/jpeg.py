@@ -9,6 +9,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
+from smolvlm.cpu.pack import pack
 from smolvlm.cpu.resize import Box
 
 UInt8 = npt.NDArray[np.uint8]
@@ -52,6 +53,14 @@ def reduce_jpeg(image: Image.Image, needed: Needed, orientation: int) -> tuple[S
     drafted = image.draft(None, (max(int(width * SLACK), 1), max(int(height * SLACK), 1)))
     covered = image.size if drafted is None else drafted[1][2:]
     return size, _box(image.size, covered, orientation)
+
+
+def upright(pixels: UInt8, orientation: int) -> UInt8:
+    """Undo an EXIF orientation, 1 (upright) to 8, of pixels [H, W, C]."""
+    turned = pixels.swapaxes(0, 1) if orientation in SIDEWAYS else pixels
+    turned = turned[:, ::-1] if orientation in MIRRORED else turned
+    turned = turned[::-1] if orientation in UPSIDE_DOWN else turned
+    return pixels if turned is pixels else pack(turned)
 
 
 def _turned(size: tuple[Number, Number], orientation: int) -> tuple[Number, Number]:

@@ -23,7 +23,7 @@ SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-Wno-psabi")
 THREADS = ("-fopenmp",)  # loaded after torch, it shares torch's threads
 # Without contraction a product and a sum round as two operations, as they do in Pillow.
-OWN_FLAGS = {"attention": THREADS, "layers": THREADS, "resize": ("-ffp-contract=off",)}
+OWN_FLAGS = {"attention": THREADS, "layers": THREADS, "resize": ("-ffp-contract=off",), "pack": ()}
 TIMEOUT_S = 60
 logger = logging.getLogger(__name__)
 
