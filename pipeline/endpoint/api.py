@@ -107,7 +107,7 @@ class ChatRequest(Strict):
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
     response_format: TextFormat | None = None
-    smolvlm: OwnOptions = OwnOptions()
+    smolvlm: OwnOptions = Field(default_factory=OwnOptions)
 
     @property
     def stop_strings(self) -> list[str]:

@@ -2,8 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from starlette.requests import Request
@@ -15,6 +15,7 @@ from pipeline.endpoint.chat import Chat, ChatService, Piece
 from pipeline.endpoint.errors import ApiError
 from pipeline.endpoint.metrics import Metrics
 
+WATCH_AFTER_S = 0.01
 FINISH_REASONS = {"repetition": "length"}  # OpenAI's API has no word for an answer that went in circles
 
 
@@ -121,16 +122,27 @@ async def unless_gone(request: Request, answering: Coroutine[Any, Any, Response]
     is under way."""
     try:
         async with asyncio.timeout(None) as patience:
-            watching = asyncio.ensure_future(_end_when_gone(request, patience))
-            try:
+            with _watching(request, patience):
                 return await answering
-            finally:
-                watching.cancel()
     except TimeoutError:
         if not patience.expired():
             raise
         metrics.disconnects.inc()
         return Response(status_code=499)  # nobody reads it
+
+
+@contextmanager
+def _watching(request: Request, patience: asyncio.Timeout) -> Iterator[None]:
+    """Begin after a while: until then the request is being read, from then on the engine's time is free."""
+    tasks: list[asyncio.Task[None]] = []
+    loop = asyncio.get_running_loop()
+    begin = loop.call_later(WATCH_AFTER_S, lambda: tasks.append(loop.create_task(_end_when_gone(request, patience))))
+    try:
+        yield
+    finally:
+        begin.cancel()
+        for task in tasks:
+            task.cancel()
 
 
 async def _end_when_gone(request: Request, patience: asyncio.Timeout) -> None:

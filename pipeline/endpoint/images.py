@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import pybase64
 
@@ -43,6 +44,7 @@ def data_url_bytes(url: str, max_bytes: int) -> bytes:
         raise ImageRefused("invalid_data_url") from None
 
 
+@lru_cache
 def policy_for(base: ImagePolicy, detail: str, max_tiles: int | None) -> ImagePolicy:
     """Return the operator's policy as a request bends it: one tile, the checkpoint's own splitting, a cap on tiles."""
     policy = replace(base, max_tiles=max_tiles)

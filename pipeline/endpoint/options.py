@@ -2,6 +2,7 @@
 
 import ipaddress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -60,7 +61,7 @@ class EndpointOptions:
     """Decoding processes of a gateway."""
     limits: Limits = field(default_factory=Limits)
 
-    @property
+    @cached_property
     def model_name(self) -> str:
         """What clients call the model: of a directory its name, never a path of this machine."""
         return Path(self.model.id).name if Path(self.model.id).is_absolute() else self.model.id
