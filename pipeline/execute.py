@@ -7,6 +7,7 @@ and only a task whose rows are a function of its input can be run again without 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
@@ -15,6 +16,7 @@ from ray.data.context import AutoscalingConfig
 from pipeline import ranges
 from pipeline.control import Control
 from pipeline.datasource import ManifestSource
+from pipeline.end_of_reading import EndOfReading
 from pipeline.errors import PipelineError
 from pipeline.generate import AnswererFactory, GenerateWorker
 from pipeline.job import Job
@@ -48,7 +50,7 @@ def execute(
     Raises PipelineError with Ray's cause if it stops before; what was committed stays.
     """
     rows = ranges.count(pending)
-    with _data_context(), _ray_errors(destination):
+    with _data_context(control), _ray_errors(destination):
         source = ManifestSource(destination, manifest, pending)
         (
             ray.data.read_datasource(source, num_cpus=READ_CPUS, override_num_blocks=resources.num_read_tasks)
@@ -105,13 +107,14 @@ def _root_cause(error: BaseException) -> str:
 
 
 @contextmanager
-def _data_context() -> Iterator[None]:
+def _data_context(control: Control) -> Iterator[None]:
     """Ray Data's settings for this graph, put back afterwards."""
     context = DataContext.get_current()
     wanted = {
         "target_max_block_size": None,  # one block in, one block out
         "enable_progress_bars": False,
         "autoscaling_config": AutoscalingConfig(_GROW_AT, _SHRINK_AT),
+        "custom_execution_callback_classes": [partial(EndOfReading, control)],  # Ray calls each without arguments
     }
     before = {name: getattr(context, name) for name in wanted}
     for name, value in wanted.items():

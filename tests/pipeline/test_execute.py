@@ -9,6 +9,7 @@ import pytest
 import ray
 from waiting import wait_for
 
+from pipeline.control import Control
 from pipeline.execute import _data_context, _pool
 
 MOST = 3
@@ -56,7 +57,7 @@ def test_a_pool_starts_with_its_smallest_size() -> None:
 @pytest.mark.timeout(700)
 def test_a_pool_grows_with_the_load_and_shrinks_without_it(ray_cluster: str, tmp_path: Path) -> None:
     """The blocks come to an end only if the pool grows to its largest size and shrinks, however slow the machine is."""
-    with _data_context():
+    with _data_context(Control.create()):
         dataset = (
             ray.data.from_arrow([pa.table({"id": [number]}) for number in range(BLOCKS)])
             .map_batches(
