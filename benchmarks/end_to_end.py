@@ -49,6 +49,7 @@ from smolvlm.scratch import create_checkpoint
 
 TASK = Task("caption", "Describe this image.", max_new_tokens=32)
 IMAGES_PER_TAR = 1000
+STANDIN_SEQUENCES = 512  # a GPU's batch: blocks are cut for the engine, and this one answers at once
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Setting:
     source: Path
     checkpoint: Path
     image: ImageOptions
+    engine: EngineOptions
     answerer: AnswererFactory
     short: int
     long: int
@@ -74,7 +76,7 @@ def ours(setting: Setting, images: int) -> float:
             model=Model(str(setting.checkpoint)),
             tasks=(TASK,),
             image=setting.image,
-            engine=EngineOptions(),
+            engine=setting.engine,
             limit=images,
         )
         started = time.perf_counter()
@@ -137,7 +139,7 @@ def image_policy(setting: Setting) -> ImagePolicy:
 def job_for_loop(setting: Setting) -> Job:
     """Return a job that names the checkpoint, which is all that an answerer reads."""
     model = Model(str(setting.checkpoint))
-    return Job(setting.name, Source("-"), Output("-"), model, (TASK,), setting.image, EngineOptions())
+    return Job(setting.name, Source("-"), Output("-"), model, (TASK,), setting.image, setting.engine)
 
 
 def row(name: str, answer: Answer) -> dict[str, Any]:
@@ -216,11 +218,13 @@ def settings(
     tiny = create_checkpoint(root / "tiny", "tiny")
     small_tars = write_tars(root / "tars", arguments.images)
     one_tile = ImageOptions(splitting=False, upscale=False)
-    standin = Setting("standin", small_tars, tiny, one_tile, PixelAnswerer, IMAGES_PER_TAR, arguments.images)
+    large = EngineOptions(max_num_sequences=STANDIN_SEQUENCES)
+    standin = Setting("standin", small_tars, tiny, one_tile, large, PixelAnswerer, IMAGES_PER_TAR, arguments.images)
     model = create_checkpoint(root / "model", arguments.size)
     photos = write_files(root / "photos", arguments.engine_images)
     short = max(1, arguments.engine_images // 3)
-    engine = Setting("engine", photos, model, one_tile, EngineWorker.for_job, short, arguments.engine_images)
+    default = EngineOptions()
+    engine = Setting("engine", photos, model, one_tile, default, EngineWorker.for_job, short, arguments.engine_images)
     return [
         (standin, {"ours": ours, "ray read_webdataset": ray_webdataset, "plain loop": plain_loop}),
         (engine, {"ours": ours, "plain loop": plain_loop}),

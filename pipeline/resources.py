@@ -126,19 +126,20 @@ def _sizes(job: Job, image_config: ImageConfig, endpoint_sequences: int | None) 
     engine_cpus = job.engine.cpus or _engine_cpus(job, cluster, is_shared)
     prepare_cpus = 1.0 if cluster.cpus >= 4 or cluster.grows else 0.25
     engines = _engines_there(job, cluster, engine_gpus)
+    sequences = _sequences(job, endpoint_sequences)
     spare = int((cluster.cpus - _PASSING_CPUS - engine_cpus * engines) / prepare_cpus)
     to_come = _PREPARERS_PER_ENGINE * job.engine.replicas[1] if cluster.grows else 1
     prepare_workers = job.engine.prepare_workers or (1, max(spare, to_come))
     smallest = _Smallest(job.engine.replicas[0], engine_cpus, engine_gpus, prepare_workers[0], prepare_cpus)
     return Resources(
         image_config=image_config,
-        max_rows_per_block=_max_rows_per_block(job, image_config),
+        max_rows_per_block=_max_rows_per_block(job, image_config, sequences),
         num_read_tasks=max(1, int(cluster.cpus)),
         prepare_workers=prepare_workers,
         prepare_cpus=prepare_cpus,
         engine_cpus=engine_cpus,
         engine_gpus=engine_gpus,
-        engine_sequences=_sequences(job, endpoint_sequences),
+        engine_sequences=sequences,
         max_engines=job.engine.replicas[1],
         awaited=_awaited(cluster, smallest),
     )
@@ -214,9 +215,13 @@ def _refusal(cluster: _Cluster, smallest: _Smallest, there: str) -> str:
     )
 
 
-def _max_rows_per_block(job: Job, config: ImageConfig) -> int:
-    """As many rows as keep a block of the largest possible images near _BLOCK_BYTES."""
+def _max_rows_per_block(job: Job, config: ImageConfig, sequences: int) -> int:
+    """As many rows as keep a block of the largest possible images near _BLOCK_BYTES, and half a batch at most.
+
+    A block comes out of an engine as a whole: one of many batches would show no progress for minutes, hold an
+    interrupted run up for as long, and be lost with its worker.
+    """
     splitting = config.do_image_splitting if job.image.splitting is None else job.image.splitting
     side = math.ceil((job.image.longest_edge or config.longest_edge) / config.tile_size) if splitting else 1
     tiles = side * side + 1 if side > 1 else 1
-    return max(1, min(_MAX_ROWS_PER_BLOCK, _BLOCK_BYTES // (tiles * 3 * config.tile_size**2)))
+    return max(1, min(_MAX_ROWS_PER_BLOCK, sequences // 2, _BLOCK_BYTES // (tiles * 3 * config.tile_size**2)))

@@ -160,11 +160,18 @@ def test_a_block_of_the_largest_images_stays_small(
     monkeypatch: pytest.MonkeyPatch, image: ImageOptions, tiles: int
 ) -> None:
     on_cluster(monkeypatch, 8)
-    found = plan_resources(job(image), REAL)
+    found = plan_resources(job(image, max_num_sequences=1024), REAL)
     one = tiles * 3 * 512**2
     assert 1 <= found.max_rows_per_block <= 256
     assert found.max_rows_per_block * one <= max(one, 48 << 20)
     assert (found.max_rows_per_block + 1) * one > 48 << 20
+
+
+@pytest.mark.parametrize(("sequences", "rows"), [(1, 1), (16, 8), (17, 8), (64, 32), (1024, 64)])
+def test_a_block_is_half_a_batch_at_most(monkeypatch: pytest.MonkeyPatch, sequences: int, rows: int) -> None:
+    on_cluster(monkeypatch, 8)
+    found = plan_resources(job(ImageOptions(splitting=False), max_num_sequences=sequences), REAL)
+    assert found.max_rows_per_block == rows
 
 
 @pytest.mark.parametrize("rows", [1, 31, 1000, 10**9])
