@@ -27,6 +27,7 @@ class Limits:
     max_num_tokens: prompt tokens per prefill; a single prompt that is longer is prefilled alone.
     tile_batch: tiles per encoder batch.
     online_blocks: pages that batch sequences leave free for online ones.
+    ahead_tiles: tiles of waiting sequences that may be encoded, where the encoder has a stream of its own.
     piece_tokens, piece_tiles: what takes the place of `max_num_tokens` and `tile_batch` for batch work once online
     sequences are about, which wait for the end of such a piece; prompts are cut to fit.
 
@@ -41,10 +42,11 @@ class Limits:
     online_blocks: int = 0
     piece_tokens: int = 512
     piece_tiles: int = 1
+    ahead_tiles: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            least = 0 if field.name.startswith("online_") else 1
+            least = 0 if field.name.startswith(("online_", "ahead_")) else 1
             if (value := getattr(self, field.name)) < least:
                 raise ValueError(f"{field.name} is {value!r}; it must be at least {least}")
 
@@ -65,6 +67,10 @@ class Queue:
         while self._heap and self._heap[0][1].status is not Status.WAITING:
             heapq.heappop(self._heap)
         return self._heap[0][1] if self._heap else None
+
+    def pop(self) -> None:
+        """Take the first one out, though it waits."""
+        heapq.heappop(self._heap)
 
 
 class Admission:

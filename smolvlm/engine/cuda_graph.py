@@ -17,37 +17,42 @@ from smolvlm.model import SmolVLM
 if TYPE_CHECKING:
     from smolvlm.kernels.fused_model import FusedSmolVLM
 
+HIGH = -1  # priority of the small kernels of a step, which would stand in line behind an encoder's large ones
 WARM_UPS = 2  # compile kernels, and let libraries take the workspaces that they must not ask for while recording
 
 
 class GraphCapture:
-    """Records steps on one device; all recordings share the memory of their intermediate results, since no two run
-    at a time."""
+    """Records steps on one device, of which no two may run at a time: they share the memory of their intermediate
+    results, and the workspaces that torch gives to matrix products on one stream.
 
-    def __init__(self, device: torch.device) -> None:
+    Replays run on the current stream, at the `priority` recorded: a lower number goes first.
+    """
+
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device, priority)
 
     def __call__(self, step: Step) -> Step:
         with torch.cuda.device(self.device):
             self._warm_up(step)
             graph = torch.cuda.CUDAGraph()
             # thread_local: other threads of the process may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 step()
         return graph.replay
 
     def _warm_up(self, step: Step) -> None:
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
                 step()
-        current.wait_stream(stream)
+        current.wait_stream(self._stream)
 
 
 def captured(model: SmolVLM, cache: KVCache, device: torch.device) -> tuple[FusedSmolVLM, StaticEncoder, StaticDecoder]:
-    """The model with fused kernels, and its encoder and its decode step as CUDA graphs.
+    """The model with fused kernels, and its encoder and its decode step as CUDA graphs that may run at the same time.
 
     Raises:
         ImportError: Triton is missing.
@@ -64,6 +69,7 @@ def captured(model: SmolVLM, cache: KVCache, device: torch.device) -> tuple[Fuse
             "it, or pass decode='eager' to do without, more slowly"
         ) from error
     check_supported(cache)
-    fused, capture = FusedSmolVLM(model), GraphCapture(device)
-    encoder = StaticEncoder(fused.encode_tiles, capture)
-    return fused, encoder, StaticDecoder(fused, cache, device, fused_paged_decode, capture)
+    fused = FusedSmolVLM(model)
+    encoder = StaticEncoder(fused.encode_tiles, GraphCapture(device))
+    decoder = StaticDecoder(fused, cache, device, fused_paged_decode, GraphCapture(device, HIGH))
+    return fused, encoder, decoder

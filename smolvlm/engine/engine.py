@@ -40,6 +40,7 @@ BLOCK_SIZE = 16
 CPU_LIMITS = Limits(16, 2048, tile_batch=1, online_sequences=16, piece_tokens=512, piece_tiles=1)
 GPU_LIMITS = Limits(256, 16384, tile_batch=64, online_sequences=128, piece_tokens=4096, piece_tiles=8)
 ONLINE_SHARE = 8  # one page in so many is kept for online sequences
+AHEAD_BYTES = GIB // 4  # of a GPU, for features of tiles that are encoded before their sequences have pages
 CPU_CACHE_BYTES = GIB * ONLINE_SHARE // (ONLINE_SHARE - 1)  # 1 GiB for batch work
 
 
@@ -69,7 +70,7 @@ class Engine:
         self.max_tokens = min(model.config.text.max_positions, (num_blocks - limits.online_blocks) * cache.block_size)
         self.prefix_caching = prefix_caching
         self.runner = Runner(model, cache, device, decode)
-        self.scheduler = Scheduler(limits, BlockManager(num_blocks, cache.block_size))
+        self.scheduler = Scheduler(limits, BlockManager(num_blocks, cache.block_size), self.runner.vision)
         self.counters = Counters()
         self._tile_digests, self._tile_identities = TileNames(by_content), TileNames(by_identity)
         self._eos_token_ids = frozenset(model.config.eos_token_ids)
@@ -121,7 +122,7 @@ class Engine:
         model = _load(resolve_checkpoint(str(path), revision), place, kind, is_quantized=quantization is not None)
         budget = _default_cache_bytes(place) if kv_cache_bytes is None else kv_cache_bytes
         num_blocks = _num_blocks(model.config, budget, limits, kind)
-        limits = replace(limits, online_blocks=num_blocks // ONLINE_SHARE)
+        limits = replace(limits, online_blocks=num_blocks // ONLINE_SHARE, ahead_tiles=_ahead_tiles(model.config, kind))
         cache = KVCache(model.config.text, num_blocks, BLOCK_SIZE, place, kind)
         return cls(model, cache, num_blocks, limits, place, prefix_caching, decode)
 
@@ -322,12 +323,17 @@ def _num_blocks(config: ModelConfig, budget: int, limits: Limits, dtype: torch.d
     return min(budget // block_bytes, num_sequences * -(-config.text.max_positions // BLOCK_SIZE))
 
 
+def _ahead_tiles(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Tiles whose features AHEAD_BYTES hold."""
+    return AHEAD_BYTES // (config.image_seq_len * config.text.hidden_size * dtype.itemsize)
+
+
 def _default_cache_bytes(device: torch.device) -> int:
-    """What the key/value cache may take: of a GPU 85 % of what is free, less 2 GiB for activations."""
+    """What the key/value cache may take: of a GPU 85 % of what is free, less 2 GiB for activations and AHEAD_BYTES."""
     if device.type == "cpu":
         return CPU_CACHE_BYTES
     free, _ = torch.cuda.mem_get_info(device)
-    return max(0, int(0.85 * free) - 2 * GIB)
+    return max(0, int(0.85 * free) - 2 * GIB - AHEAD_BYTES)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

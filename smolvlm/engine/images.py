@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,11 @@ from smolvlm.image import Tiles
 
 
 class EncodedImage:
-    """The tiles of one image before encoding, its features [N, image_seq_len, H] after; each dropped when used up."""
+    """The tiles of one image before encoding, its features [N, image_seq_len, H] after; each dropped when used up.
+
+    A tile counts as encoded once that is launched; `last_batch` says what to wait for where the encoder has a stream of
+    its own (VisionStream).
+    """
 
     def __init__(self, tiles: Tiles) -> None:
         self.key = id(tiles)
@@ -21,21 +26,25 @@ class EncodedImage:
         self.pixels: npt.NDArray[np.uint8] | None = tiles.pixels
         self.num_tiles = len(tiles.pixels)
         self._scheduled = [False] * self.num_tiles
-        self._encoded = [False] * self.num_tiles
+        self._batches: list[int | None] = [None] * self.num_tiles  # which encoder batch encoded them
         self.features: Tensor | None = None
         self.users = 0
 
     @property
     def num_encoded(self) -> int:
-        return sum(self._encoded)
+        return self.num_tiles - self._batches.count(None)
 
     @property
     def is_encoded(self) -> bool:
-        return all(self._encoded)
+        return self.is_encoded_from(0)
 
     def is_encoded_from(self, first: int) -> bool:
         """Whether tile `first` and those behind it are encoded: all of them that a sequence needs."""
-        return all(self._encoded[first:])
+        return None not in self._batches[first:]
+
+    def last_batch(self, first: int) -> int:
+        """Number of the last encoder batch with any of these tiles, 0 where there was none."""
+        return max((batch or 0 for batch in self._batches[first:]), default=0)
 
     def next_span(self, first: int, room: int) -> TileSpan | None:
         """The next up to `room` adjacent tiles from `first` on that no encoder batch has taken; now one has."""
@@ -51,7 +60,7 @@ class EncodedImage:
     def give_back(self, span: TileSpan) -> None:
         """The batch with these tiles failed: those that are not encoded can be taken again."""
         for tile in range(span.start, span.stop):
-            self._scheduled[tile] = self._encoded[tile]
+            self._scheduled[tile] = self._batches[tile] is not None
 
     @property
     def embeddings(self) -> Tensor:
@@ -59,12 +68,12 @@ class EncodedImage:
         assert self.features is not None, "features are dropped only after their last user was prefilled"
         return self.features.flatten(0, 1)
 
-    def store(self, start: int, features: Tensor) -> None:
-        """Take the features [n, image_seq_len, H] of tiles start..start+n-1; after the last one the pixels go."""
+    def store(self, start: int, features: Tensor, batch: int = 0) -> None:
+        """Copy the features [n, image_seq_len, H] of tiles start..start+n-1; after the last one the pixels go."""
         if self.features is None:
             self.features = features.new_empty((self.num_tiles, *features.shape[1:]))
         self.features[start : start + len(features)] = features
-        self._encoded[start : start + len(features)] = [True] * len(features)
+        self._batches[start : start + len(features)] = [batch] * len(features)
         if self.is_encoded:
             self.pixels = None
 
@@ -81,6 +90,14 @@ class TileSpan:
     def pixels(self) -> npt.NDArray[np.uint8]:
         assert self.image.pixels is not None, "tiles are dropped only after all of them are encoded"
         return self.image.pixels[self.start : self.stop]
+
+
+def next_spans(needed: Iterable[tuple[EncodedImage, int]], room: int) -> Iterator[TileSpan]:
+    """The next up to `room` tiles of these images, each from its first that is needed on."""
+    for image, first in needed:
+        while room and (span := image.next_span(first, room)):
+            room -= span.stop - span.start
+            yield span
 
 
 class ImageStore:

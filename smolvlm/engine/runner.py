@@ -1,11 +1,12 @@
 """Executes what the scheduler decided: turns sequences into tensors, runs the model, and gives back tokens.
 
 Everything between two tokens stays on the device, and nothing is sent to a GPU in a way that waits for it: the host
-waits for chosen tokens alone.
+waits for chosen tokens alone. On a GPU the encoder has a stream of its own, for which prefill waits on the device.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +31,7 @@ from smolvlm.engine.sequence import Sequence
 from smolvlm.engine.static_decode import StaticDecoder
 from smolvlm.engine.static_encode import Encode
 from smolvlm.engine.upload import send, upload_to
+from smolvlm.engine.vision_stream import vision_stream
 from smolvlm.model import SmolVLM
 from smolvlm.sampling import SamplingTensors
 
@@ -70,15 +72,17 @@ class Runner:
         self._encode: Encode = model.encode_tiles
         if (decode or default_decode(device)) == "graph":
             self.model, self._encode, self.static = captured(model, cache, device)
+        self.vision = vision_stream(device)
         self._upload = upload_to(device)
         self._batch: DecodeBatch | None = None
 
     @torch.inference_mode()
     def encode(self, spans: list[TileSpan]) -> None:
         """Encode the tiles of these spans in one batch and hand each image its part."""
-        features = self._encode(self._upload([span.pixels for span in spans]))  # [n, image_seq_len, H]
-        for span, part in zip(spans, features.split([span.stop - span.start for span in spans]), strict=True):
-            span.image.store(span.start, part)
+        with self.vision.batch() if self.vision else nullcontext(0) as batch:
+            features = self._encode(self._upload([span.pixels for span in spans]))  # [n, image_seq_len, H]
+            for span, part in zip(spans, features.split([span.stop - span.start for span in spans]), strict=True):
+                span.image.store(span.start, part, batch)
 
     @torch.inference_mode()
     def prefill(self, sequences: list[Sequence]) -> Chosen:
@@ -136,22 +140,33 @@ class Runner:
         positions = np.flatnonzero(token_ids == self.model.config.image_token_id)
         if not len(positions):
             return self.model.embed(ids)
+        self._receive([sequence for sequence, _, _ in parts])
         features = torch.cat([each for part in parts for each in self._features(*part)])
         return self.model.embed(ids, (self._send(positions), features))
+
+    def _receive(self, sequences: list[Sequence]) -> None:
+        if self.vision is not None:
+            images = [image for sequence in sequences for image in sequence.images]
+            features = [image.features for image in images if image.features is not None]
+            self.vision.receive(max(sequence.last_batch for sequence in sequences), features)
 
     def _features(self, sequence: Sequence, start: int, stop: int) -> list[Tensor]:
         """Embeddings of the image tokens in prompt[start:stop].
 
-        They are counted from the prompt's end: images before `start` may be gone, and their tiles not encoded.
+        They are counted from the prompt's end: images before `start` may be gone, and their tiles not encoded. No
+        others are read, since the encoder may be writing them.
         """
         if not sequence.images:
             return []
         embeddings = [image.embeddings for image in sequence.images]
-        if stop - start == len(sequence.prompt_token_ids):
-            return embeddings
         is_image = np.asarray(sequence.prompt_token_ids[start:]) == self.model.config.image_token_id
         first = sum(len(each) for each in embeddings) - int(is_image.sum())
-        return [torch.cat(embeddings)[first : first + int(is_image[: stop - start].sum())]]
+        last = first + int(is_image[: stop - start].sum())
+        parts = []
+        for each in embeddings:
+            parts.append(each[max(first, 0) : max(last, 0)])
+            first, last = first - len(each), last - len(each)
+        return parts
 
     def _slots(self, sequence: Sequence, start: int, stop: int) -> np.ndarray:
         """Cache slots of prompt[start:stop], int64."""

@@ -4,18 +4,26 @@ With batch work alone, the decode batch is kept full: encoding and prefill go fi
 batch work comes in small pieces and theirs goes before it; while one of them is being answered, a decode follows every
 batch piece and every second piece of their own: a small image is encoded and prefilled at once. Batch work takes what
 is left, and at least one turn in PATIENCE + 1.
+
+An encoder with a stream of its own (VisionStream) is given its next batch before the last is over, and then tiles of
+sequences that still wait for pages. Everyone decodes until tiles are encoded; only where nobody would, or where batch
+answers alone would go before an online image, does a prefill wait for them.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from smolvlm.engine.admission import PATIENCE, Admission, Limits
+from smolvlm.engine.ahead import Ahead
 from smolvlm.engine.block_manager import BlockManager
-from smolvlm.engine.images import ImageStore, TileSpan
+from smolvlm.engine.images import ImageStore, TileSpan, next_spans
 from smolvlm.engine.sequence import Sequence, Status
+
+if TYPE_CHECKING:
+    from smolvlm.engine.vision_stream import VisionStream
 
 
 @dataclass(frozen=True)
@@ -42,16 +50,22 @@ class Decode:
 
 Work = Encode | Prefill | Decode
 MAX_DELAY = 2  # pieces of online work between two decodes while an online sequence is answered
+QUEUED = 2  # encoder batches on a stream of their own: one that runs and one that follows without a gap
 
 
 class Scheduler:
-    """Sequences by status. Touches no tensor: the runner executes what `schedule` returns."""
+    """Sequences by status. Touches no tensor: the runner executes what `schedule` returns.
 
-    def __init__(self, limits: Limits, blocks: BlockManager) -> None:
+    `vision` tells how far the encoder is, where it has a stream of its own.
+    """
+
+    def __init__(self, limits: Limits, blocks: BlockManager, vision: VisionStream | None = None) -> None:
         self.limits = limits
         self.blocks = blocks
+        self.vision = vision
         self.images = ImageStore()
         self.waiting = Admission(limits, blocks)
+        self.ahead = Ahead(limits.ahead_tiles if vision else 0, blocks)
         self.admitted: list[Sequence] = []  # sorted by Sequence.order
         self.running: list[Sequence] = []
         self._delay = 0  # pieces of work since the last decode; one of batch work counts as MAX_DELAY
@@ -68,6 +82,7 @@ class Scheduler:
         sequence.images = [self.images.acquire(tiles) for tiles in sequence.tiles]
         sequence.tiles = []
         self.waiting.add(sequence)
+        self.ahead.add(sequence)
 
     def schedule(self) -> Work | None:
         """The next piece of work, None if there is nothing to do."""
@@ -136,7 +151,7 @@ class Scheduler:
 
     def _next_work(self) -> Work | None:
         if not self.admitted:
-            return self._decode()
+            return self._encode_ahead() or self._decode()
         online = [sequence for sequence in self.admitted if sequence.is_online]
         batch = self.admitted[len(online) :]
         answering = any(sequence.is_online for sequence in self.running)
@@ -147,8 +162,9 @@ class Scheduler:
             return self._decode()
         starved = batch or (self.running and not answering)
         if online and not (starved and self._overtaken >= PATIENCE):
-            self._overtaken += bool(starved)
-            return self._piece(online)
+            work = self._piece(online)
+            self._overtaken += bool(starved) and not isinstance(work, Decode)
+            return work
         self._overtaken = 0
         return self._batch_turn(batch, decodes=bool(online and self.running and not answering))
 
@@ -164,23 +180,66 @@ class Scheduler:
         self._delay = 0
         return Decode(list(self.running)) if self.running else None
 
-    def _piece(self, group: list[Sequence]) -> Encode | Prefill:
+    def _piece(self, group: list[Sequence]) -> Work | None:
         """Prefill what is ready or encode what is not, of admitted sequences of one class.
 
         Batch prompts that could be packed with more of them wait for the images of those; online ones wait for nobody.
         """
-        urgent, limits = group[0].is_online, self.limits
+        urgent = group[0].is_online
         self._delay += 1 if urgent else MAX_DELAY
-        cuts = self.waiting.serves_online and not (urgent and not self.running)
-        max_tokens = min(limits.piece_tokens, limits.max_num_tokens) if cuts else limits.max_num_tokens
         encoded = [sequence for sequence in group if sequence.is_encoded]
-        ready = _packed(encoded, max_tokens, cuts or self._cuts_all)
         pending = [sequence for sequence in group if not sequence.is_encoded]
-        if ready and (not pending or urgent or _is_full(ready, max_tokens)):
-            return Prefill(ready)
-        whole = urgent or not self.waiting.serves_online
-        max_tiles = limits.tile_batch if whole else min(limits.piece_tiles, limits.tile_batch)
-        return Encode(list(_next_spans(pending, max_tiles)))
+        if self.vision is not None:
+            return self._piece_beside(self.vision, urgent, encoded, pending)
+        return self._prefill(encoded, urgent, waits=bool(pending)) or self._encode(pending, urgent)
+
+    def _piece_beside(
+        self, vision: VisionStream, urgent: bool, encoded: list[Sequence], pending: list[Sequence]
+    ) -> Work | None:
+        """Keep the encoder busy, prefill what has come from it, and decode while more is to come."""
+        if vision.num_under_way < self._max_queued(urgent) and (encode := self._encode(pending, urgent)):
+            return encode
+        num_over = vision.num_over
+        over = [sequence for sequence in encoded if sequence.last_batch <= num_over]
+        waits = bool(self.running and len(over) < len(encoded) + len(pending))
+        if prefill := self._prefill(over, urgent, waits):
+            return prefill
+        if self.running and (not urgent or any(sequence.is_online for sequence in self.running)):
+            return self._decode()
+        first = [sequence for sequence in encoded if sequence.last_batch <= encoded[0].last_batch]
+        return self._prefill(first, urgent, waits=False) or self._encode(pending, urgent)
+
+    def _prefill(self, encoded: list[Sequence], urgent: bool, waits: bool) -> Prefill | None:
+        """As many of these prompts as one prefill takes; batch ones that do not fill it may wait for others."""
+        cuts = self.waiting.serves_online and not (urgent and not self.running)
+        most = self.limits.max_num_tokens
+        max_tokens = min(self.limits.piece_tokens, most) if cuts else most
+        packed = _packed(encoded, max_tokens, cuts or self._cuts_all)
+        return Prefill(packed) if packed and (urgent or not waits or _is_full(packed, max_tokens)) else None
+
+    def _encode(self, pending: list[Sequence], urgent: bool) -> Encode | None:
+        """Tiles of these; what batch ones leave of an encoder batch is for sequences that wait."""
+        limits, whole = self.limits, urgent or not self.waiting.serves_online
+        room = limits.tile_batch if whole else min(limits.piece_tiles, limits.tile_batch)
+        spans = list(next_spans((needed for sequence in pending for needed in sequence.needed_tiles()), room))
+        if not urgent:
+            least = room - sum(span.stop - span.start for span in spans)
+            spans += self.ahead.spans(least, least)
+        return Encode(spans) if spans else None
+
+    def _encode_ahead(self) -> Encode | None:
+        """Tiles of sequences that wait, if the encoder is free; while an online one is answered, a decode follows."""
+        if self.vision is None or self.vision.num_under_way >= self._max_queued(urgent=False):
+            return None
+        if self._delay and any(sequence.is_online for sequence in self.running):
+            return None
+        work = self._encode([], urgent=False)
+        self._delay += MAX_DELAY if work else 0
+        return work
+
+    def _max_queued(self, urgent: bool) -> int:
+        """Batch work is queued for the encoder only as long as no online image may come that would wait for it."""
+        return QUEUED if urgent or not self.waiting.serves_online else 1
 
     def _take_over(self, sequence: Sequence) -> None:
         """Let it refer to what others have computed of its prompt since it was admitted."""
@@ -235,10 +294,3 @@ def _is_full(packed: list[Sequence], max_tokens: int) -> bool:
     """Whether another prompt like these would not fit: waiting for more images gains nothing."""
     used = sum(sequence.num_scheduled - sequence.num_computed for sequence in packed)
     return used + used // len(packed) > max_tokens
-
-
-def _next_spans(pending: list[Sequence], room: int) -> Iterator[TileSpan]:
-    for image, first in (needed for sequence in pending for needed in sequence.needed_tiles()):
-        while room and (span := image.next_span(first, room)):
-            room -= span.stop - span.start
-            yield span

@@ -117,14 +117,23 @@ class Sequence:
         return all(image.is_encoded_from(first) for image, first in self.needed_tiles())
 
     @property
+    def last_batch(self) -> int:
+        """Number of the encoder batch after which all that it needs is there, 0 where it needs none."""
+        return max((image.last_batch(first) for image, first in self.needed_tiles()), default=0)
+
+    @property
     def num_missing(self) -> int:
         """Prompt tokens that are still to be computed."""
         return len(self.prompt_token_ids) - self.num_computed
 
     def needed_tiles(self) -> Iterator[tuple[EncodedImage, int]]:
         """Its images, each with the first tile that has tokens to be computed."""
+        return self.tiles_behind(self.num_computed)
+
+    def tiles_behind(self, num_tokens: int) -> Iterator[tuple[EncodedImage, int]]:
+        """Its images, each with the first tile that has tokens behind the first `num_tokens`."""
         for image, ends in zip(self.images, self.tile_ends, strict=True):
-            yield image, bisect_right(ends, self.num_computed)
+            yield image, bisect_right(ends, num_tokens)
 
     def missing_keys(self) -> Iterator[bytes]:
         """Keys of the prompt's blocks that it could take over from another sequence instead of computing them.

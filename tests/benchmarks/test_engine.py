@@ -29,6 +29,7 @@ def test_engine_runs(tmp_path: Path) -> None:
         for side in each["details"].values():
             assert side["first_token_s"] > 0
             assert all(seconds > 0 for seconds in side["phase_s"].values())
+            assert side["overlap"] <= 0  # a CPU does one thing at a time
     assert report["ours"] == report["batches"][-1]["ours"]
     with Image.open(plot) as drawn:
         assert drawn.width > 500

@@ -9,6 +9,7 @@ from fixture_types import MakeEngine, MakeInput, MakeTiles
 
 from smolvlm import SamplingParams
 from smolvlm.engine.cuda_graph import GraphCapture
+from smolvlm.engine.vision_stream import vision_stream
 from smolvlm.processor import ModelInput
 
 pytestmark = pytest.mark.skipif(
@@ -46,6 +47,37 @@ def test_answers_are_those_of_a_cpu(make_engine: MakeEngine, inputs: list[ModelI
     gpu, cpu = make_engine(device="cuda", tile_batch=2), make_engine()
     ours, theirs = (engine.generate(inputs, GREEDY) for engine in (gpu, cpu))
     assert [done.token_ids for done in ours] == [done.token_ids for done in theirs]
+
+
+@pytest.mark.parametrize("decode", ["graph", "eager"])
+def test_vision_beside_decode_changes_no_answer(
+    make_engine: MakeEngine, make_input: MakeInput, make_tiles: MakeTiles, decode: str
+) -> None:
+    """Few sequences at a time and small encoder batches: most tiles are encoded while others decode, many ahead."""
+    seeds = [*range(24), *range(6)]
+    mixed = [make_input(make_tiles(seed % 3, 2, seed=seed), text=f"Read {seed}.") for seed in seeds]
+    gpu, cpu = make_engine(device="cuda", decode=decode, max_num_sequences=3, tile_batch=4), make_engine()
+    sequences = [gpu.add(each, GREEDY, priority=index % 5 == 4) for index, each in enumerate(mixed)]
+    while gpu.has_unfinished:
+        gpu.step()
+    assert [each.token_ids for each in sequences] == [done.token_ids for done in cpu.generate(mixed, GREEDY)]
+
+
+def test_another_stream_waits_on_the_device_and_the_host_does_not() -> None:
+    vision = vision_stream(torch.device("cuda"))
+    assert vision is not None
+    with vision.batch() as number:
+        torch.cuda._sleep(10**9)  # cycles: half a second or so
+        features = torch.full((1000,), 7.0, device="cuda")
+    assert (number, vision.num_under_way, vision.num_over) == (1, 1, 0)
+    vision.receive(number, [features])
+    total = features.sum()
+    del features
+    with vision.batch():
+        torch.zeros(1000, device="cuda")  # would be given the same memory, had it not been lent
+    assert total.item() == 7000
+    torch.cuda.synchronize()
+    assert vision.num_over == 2
 
 
 def test_a_replay_reads_the_buffers_anew_and_warm_ups_precede_it() -> None:

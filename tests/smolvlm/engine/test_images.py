@@ -52,6 +52,13 @@ def test_a_part_may_be_all_that_is_needed() -> None:
     assert _held(image) == {"pixels", "features"}
 
 
+def test_a_part_is_there_after_the_last_batch_with_tiles_of_it() -> None:
+    image = ImageStore().acquire(_tiles(4))
+    image.store(3, torch.ones(1, 5, 8), batch=2)
+    image.store(0, torch.ones(2, 5, 8), batch=5)
+    assert [image.last_batch(first) for first in (0, 1, 2, 3)] == [5, 5, 2, 2]
+
+
 def test_an_image_released_early_drops_its_pixels() -> None:
     store = ImageStore()
     image = store.acquire(_tiles())
