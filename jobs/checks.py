@@ -62,7 +62,7 @@ def output(value: Output) -> Output:
 def model(value: Model) -> Model:
     """Return `value` if it is `bundled`, a directory that exists, or a hub id with a pinned revision."""
     if value.quantization is not None and value.dtype == "float16":
-        refuse("dtype", value.dtype, "quantization int8 goes with float32 or bfloat16")
+        refuse("dtype", value.dtype, f"quantization {value.quantization} goes with float32 or bfloat16")
     if value.id == BUNDLED:
         _check_unpinned(value)
     elif Path(value.id).expanduser().is_dir():
@@ -101,10 +101,12 @@ def engine(value: EngineOptions) -> EngineOptions:
 
 def place(model: Model, engine: EngineOptions) -> None:
     """Refuse a model that the engine's device cannot run."""
-    if model.quantization is not None and engine.gpus:
+    if model.quantization == "int8" and engine.gpus:
         refuse(
             "model.quantization", model.quantization, "8-bit integers are for CPUs; leave it out or set engine.gpus 0"
         )
+    if model.quantization == "fp8" and engine.gpus and model.dtype == "float32":
+        refuse("model.dtype", model.dtype, "quantization fp8 goes with bfloat16 on a GPU; write that, or leave it out")
 
 
 def limits(value: Limits) -> Limits:

@@ -48,6 +48,7 @@ class Profile:
     revision: str | None
     dtype: str
     quantization: str | None
+    kv_cache_dtype: str
     sequences: int
     tile_s: float
     output_token_s: float
@@ -79,8 +80,9 @@ def load_profile(path: Path, job: Job, gpu: str | None) -> Profile:
         raise ConfigError(
             f"--profile {path}: {error}; give a file that `smolvlm plan … --save-profile` has written"
         ) from None
-    recorded = (profile.model_id, profile.revision, profile.dtype, profile.quantization)
-    wanted = (job.model.id, job.model.revision, job.model.dtype, job.model.quantization)
+    recorded = (profile.model_id, profile.revision, profile.dtype, profile.quantization, profile.kv_cache_dtype)
+    model = job.model
+    wanted = (model.id, model.revision, model.dtype, model.quantization, model.kv_cache_dtype)
     if recorded != wanted:
         raise ConfigError(f"--profile {path}: measured with the model {recorded}, the job has {wanted}; record another")
     check_hardware(profile, gpu)
@@ -130,6 +132,7 @@ def calibrate(job: Job, tiles: Sequence[Tiles], start_s: float) -> Profile:
         revision=job.model.revision,
         dtype=job.model.dtype,
         quantization=job.model.quantization,
+        kv_cache_dtype=job.model.kv_cache_dtype,
         sequences=sequences,
         tile_s=images_s / rounds[-1].tiles,
         output_token_s=max(whole_s - images_s, 0.0) / sum(each.output_tokens for row in answers for each in row),

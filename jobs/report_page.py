@@ -13,6 +13,7 @@ from jobs.explain import holds_secret
 from jobs.report import Gallery, Sample
 from jobs.report_plot import throughput
 from jobs.report_sample import LOW_LOGPROB, group_label
+from pipeline.job import Model
 
 _PER_PAGE = 24
 _PICTURE_BYTES = 4_500
@@ -76,10 +77,15 @@ def _facts(gallery: Gallery) -> str:
         "rows": f"{gallery.rows:,} of {gallery.inputs:,}: {gallery.rows - errors:,} ok, {errors:,} errors",
         "source": job.source.uri,
         "output": gallery.location.uri,
-        "model": " ".join(filter(None, (job.model.id, job.model.revision, job.model.dtype, job.model.quantization))),
+        "model": _model(job.model),
         **{f"task {task.name}": f"{task.prompt} (max_new_tokens {task.max_new_tokens})" for task in job.tasks},
     }
     return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{_safe(text, 600)}</dd>' for name, text in facts.items())}</dl>"
+
+
+def _model(model: Model) -> str:
+    cache = "" if model.kv_cache_dtype == "auto" else f"kv_cache_dtype {model.kv_cache_dtype}"
+    return " ".join(filter(None, (model.id, model.revision, model.dtype, model.quantization, cache)))
 
 
 def _errors(gallery: Gallery) -> str:

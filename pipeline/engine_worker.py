@@ -58,6 +58,7 @@ class EngineWorker:
             model.revision,
             max_num_sequences=options.max_num_sequences,
             quantization=model.quantization,
+            kv_cache_dtype=model.kv_cache_dtype,
         )
         self._loop = EngineLoop(engine)
         self._online_requests = self._batch_rows = 0

@@ -44,9 +44,15 @@ class Model:
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What engines compute in; `auto` is bfloat16 where their hardware multiplies it, else float32."""
-    quantization: Literal["int8"] | None = None
-    """Round the weights of all blocks to 8-bit integers: faster on CPUs without bfloat16 tiles (AMX), slightly less
-    exact. It needs a CPU with AVX2 and a C++ compiler where the engine runs."""
+    quantization: Literal["int8", "fp8"] | None = None
+    """`int8` rounds the weights of all blocks to 8-bit integers: faster on CPUs without bfloat16 tiles (AMX), slightly
+    less exact. It needs a CPU with AVX2 and a C++ compiler where the engine runs. `fp8` rounds weights and inputs of
+    the vision encoder's linear layers to 8-bit floats (e4m3), for GPUs of compute capability 8.9 or above in bfloat16;
+    a CPU computes the same, slowly."""
+
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """`fp8` keeps keys and values as 8-bit floats (e4m3): twice as many tokens in the same memory as in bfloat16, less
+    exact. It needs a GPU of compute capability 8.9 or above, or a CPU. `auto` keeps them as they are computed."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +138,12 @@ class Job:
 
         Sizes of pools, files and batches, and limits, are left out: they change how a job runs, never what it writes.
         """
-        image = asdict(self.image)
+        image, model = asdict(self.image), asdict(self.model)
+        # Outputs that were begun before there were these options go on.
         if not self.image.fast:
-            del image["fast"]  # outputs that were begun before there was this option go on
+            del image["fast"]
+        if self.model.kv_cache_dtype == "auto":
+            del model["kv_cache_dtype"]
         content = {
             "schema_version": SCHEMA_VERSION,
             "source": {
@@ -143,7 +152,7 @@ class Job:
                 "glob": self.source.glob,
                 "column": self.source.column,
             },
-            "model": asdict(self.model),
+            "model": model,
             "tasks": {task.name: asdict(task) for task in self.tasks},
             "image": {key: value for key, value in image.items() if key != "timeout_s"},
             "limit": self.limit,

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from smolvlm.config import TextConfig
 from smolvlm.cpu.attention import decode_attention
+from smolvlm.precision import E4M3, to_e4m3
 
 
 class Attention(Protocol):
@@ -36,6 +37,9 @@ class KVCache:
     Layout [layers, blocks, block_size, 2, kv_heads, D]: the keys and values of a token lie together, so one scatter
     writes them and one gather reads them. One block more, `scratch`, belongs to nobody: rows of a decode batch that are
     padding write there.
+
+    With dtype e4m3 pages hold less than what is computed. Then every token attends to keys and values as pages hold
+    them, its own and those of its own prefill too: an answer does not depend on what happened to be cached.
     """
 
     def __init__(
@@ -52,12 +56,14 @@ class KVCache:
         """Bytes of one block over all layers."""
         return config.num_layers * block_size * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
 
-    def write(self, layer: int, slots: Tensor, kv: Tensor) -> None:
-        """Store kv [T, 2, kv_heads, D] at slots [T] (slot = block * block_size + offset)."""
-        self.storage[layer].flatten(0, 1).index_copy_(0, slots, kv)
+    def write(self, layer: int, slots: Tensor, kv: Tensor) -> Tensor:
+        """Store kv [T, 2, kv_heads, D] at slots [T] (slot = block * block_size + offset); give back what is stored."""
+        stored = to_e4m3(kv) if self.storage.dtype == E4M3 else kv
+        _movable(self.storage[layer]).flatten(0, 1).index_copy_(0, slots, _movable(stored))
+        return stored.to(kv.dtype)
 
     def gather(self, layer: int, block_table: Tensor) -> Tensor:
-        """Blocks [B, N] of a layer, side by side: [B, N * block_size, 2, kv_heads, D].
+        """Blocks [B, N] of a layer, side by side: [B, N * block_size, 2, kv_heads, D] in the dtype of the pages.
 
         The result is one buffer, overwritten by the next call: a fresh one of this size would cost more in page faults
         than the copy itself.
@@ -88,7 +94,7 @@ class PackedPrefill:
 
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         if self.cache is not None:
-            self.cache.write(layer, self.slots, kv)
+            kv = self.cache.write(layer, self.slots, kv)
         k, v = kv.unbind(1)
         if self.starts is not None:
             return packed_attention(q, k, v, self.starts, max(self.lengths))
@@ -111,7 +117,7 @@ class PagedPrefill:
     cache: KVCache
 
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        self.cache.write(layer, self.slots, kv)
+        kv = self.cache.write(layer, self.slots, kv)
         parts = zip(q.split(self.lengths), kv.split(self.lengths), self.prefixes, strict=True)
         return torch.cat([self._attend(layer, *part) for part in parts])
 
@@ -119,7 +125,7 @@ class PagedPrefill:
         if prefix is None:
             return causal_attention(q, *kv.unbind(1))
         block_table, visible = prefix
-        k, v = self.cache.gather(layer, block_table).squeeze(0).unbind(1)  # [L, kv_heads, D] each
+        k, v = self.cache.gather(layer, block_table).to(q.dtype).squeeze(0).unbind(1)  # [L, kv_heads, D] each
         return masked_attention(q, k, v, visible)
 
 
@@ -141,7 +147,7 @@ class PagedDecode:
         attended = decode_attention(q, self.cache.storage[layer], self.block_table, self.positions)
         if attended is not None:
             return attended
-        k, v = self.cache.gather(layer, self.block_table).unbind(2)  # [B, L, kv_heads, D] each
+        k, v = self.cache.gather(layer, self.block_table).to(q.dtype).unbind(2)  # [B, L, kv_heads, D] each
         return grouped_attention(q, k, v, self.visible)
 
 
@@ -203,6 +209,11 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tenso
     grouped = q.view(batch, k.shape[2], num_heads // k.shape[2], head_dim)  # [B, kv_heads, group, D]
     attended = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible)
     return attended.reshape(batch, num_heads, head_dim)
+
+
+def _movable(values: Tensor) -> Tensor:
+    """A view of 8-bit floats as the bytes that they are: torch scatters those alone."""
+    return values.view(torch.uint8) if values.dtype == E4M3 else values
 
 
 def _lazy_zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:

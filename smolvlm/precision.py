@@ -5,9 +5,15 @@ from __future__ import annotations
 import platform
 
 import torch
+from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
+FP8 = "fp8"
+E4M3 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of mantissa
+LARGEST_E4M3 = torch.finfo(E4M3).max  # 448
+FP8_CAPABILITY = (8, 9)  # of the first GPUs with instructions for it
+FP8_NEEDS = "8-bit floats need a CPU, or a GPU of compute capability 8.9 or above"
 
 
 def dtype_named(name: str, device: torch.device) -> torch.dtype:
@@ -21,6 +27,33 @@ def dtype_named(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}; it must be one of {', '.join((AUTO, *DTYPES))}")
     return DTYPES[name]
+
+
+def cache_dtype_named(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of cached keys and values: `auto` is `dtype`, the one that the model computes in; `fp8` is e4m3.
+
+    Raises:
+        ValueError: there is no such name, or the device has no such numbers.
+    """
+    if name == AUTO:
+        return dtype
+    if name != FP8:
+        raise ValueError(f"kv_cache_dtype is {name!r}; it must be 'auto' or 'fp8'")
+    if not has_fp8(device):
+        raise ValueError(f"kv_cache_dtype is 'fp8' and device {str(device)!r}; {FP8_NEEDS}: leave it out here")
+    return E4M3
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether e4m3 is computed with on this device; a CPU does it in software."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+    return device.type == "cpu"
+
+
+def to_e4m3(values: Tensor) -> Tensor:
+    """The nearest e4m3 to each value; the largest there is to what lies beyond it."""
+    return values.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(E4M3)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

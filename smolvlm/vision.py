@@ -58,14 +58,15 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv: nn.Module = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.output: nn.Module = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         qkv = self.qkv(hidden).unflatten(-1, (3, self.num_heads, self.head_dim))  # [N, P, 3, heads, D]
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [N, heads, P, D] each
         attended = dense_attention(q, k, v)
-        return self.output(attended.transpose(1, 2).flatten(2))
+        output: Tensor = self.output(attended.transpose(1, 2).flatten(2))
+        return output
 
 
 class VisionMLP(nn.Module):

@@ -70,7 +70,7 @@ struct Decode {
 };
 
 // Key heads first..first + count of one sequence; each page is read once, from its beginning to its end.
-template <class T, int GROUP>
+template <class T, class Page, int GROUP>
 static void decode_sequence(const Decode& job, int64_t row, int64_t first, int64_t count) {
   const int64_t token = 2 * job.kv_heads * HEAD_DIM, length = job.positions[row] + 1, span = GROUP * HEAD_DIM;
   std::vector<Group<GROUP>> groups(count);
@@ -80,7 +80,7 @@ static void decode_sequence(const Decode& job, int64_t row, int64_t first, int64
     const int64_t end = std::min(job.block_size, length - begin);
     for (int64_t t = 0; t < end; t += WIDTH)
       for (int64_t h = 0; h < count; h++) {
-        const T* k = (const T*)job.cache + (block * job.block_size + t) * token + (first + h) * HEAD_DIM;
+        const Page* k = (const Page*)job.cache + (block * job.block_size + t) * token + (first + h) * HEAD_DIM;
         groups[h].attend(k, k + job.kv_heads * HEAD_DIM, std::min<int64_t>(WIDTH, end - t), token);
       }
   }
@@ -88,27 +88,32 @@ static void decode_sequence(const Decode& job, int64_t row, int64_t first, int64
   for (int64_t h = 0; h < count; h++) groups[h].finish(out + h * span);
 }
 
-template <class T, int GROUP>
+template <class T, class Page, int GROUP>
 static void decode_batch(const Decode& job) {
   const int64_t parts = job.batch >= job.threads ? 1 : job.kv_heads, count = job.kv_heads / parts;
 #pragma omp parallel for num_threads(job.threads) schedule(dynamic)
   for (int64_t item = 0; item < job.batch * parts; item++)
-    decode_sequence<T, GROUP>(job, item / parts, item % parts * count, count);
+    decode_sequence<T, Page, GROUP>(job, item / parts, item % parts * count, count);
 }
 
-template <class T>
+template <class T, class Page>
 static bool decode_grouped(const Decode& job) {
   switch (job.group) {
-    case 1: decode_batch<T, 1>(job); return true;
-    case 2: decode_batch<T, 2>(job); return true;
-    case 3: decode_batch<T, 3>(job); return true;
-    case 4: decode_batch<T, 4>(job); return true;
+    case 1: decode_batch<T, Page, 1>(job); return true;
+    case 2: decode_batch<T, Page, 2>(job); return true;
+    case 3: decode_batch<T, Page, 3>(job); return true;
+    case 4: decode_batch<T, Page, 4>(job); return true;
     default: return false;
   }
 }
 
-extern "C" bool paged_decode(const Decode* job, bool is_bfloat16) {
-  return is_bfloat16 ? decode_grouped<BFloat16>(*job) : decode_grouped<float>(*job);
+template <class T>
+static bool decode(const Decode& job, bool has_float8_pages) {
+  return has_float8_pages ? decode_grouped<T, Float8>(job) : decode_grouped<T, T>(job);
+}
+
+extern "C" bool paged_decode(const Decode* job, bool is_bfloat16, bool has_float8_pages) {
+  return is_bfloat16 ? decode<BFloat16>(*job, has_float8_pages) : decode<float>(*job, has_float8_pages);
 }
 
 struct Dense {

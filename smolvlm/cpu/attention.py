@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from smolvlm.cpu.build import native_library
+from smolvlm.precision import E4M3
 
 HEAD_DIM = 64  # of all published sizes in the text model, of 256M and 500M in the encoder
 MAX_GROUP = 4  # query heads that share a key head
@@ -39,8 +40,8 @@ class _Dense(ctypes.Structure):
 def decode_attention(q: Tensor, cache: Tensor, block_table: Tensor, positions: Tensor) -> Tensor | None:
     """One query a sequence over the pages of its keys and values, each read once: → [B, heads, D].
 
-    q is [B, heads, D], cache [blocks, block_size, 2, kv_heads, D], block_table int64 [B, N], positions int64 [B]: keys
-    0..positions[b] are seen. A sequence's result does not depend on the others.
+    q is [B, heads, D], cache [blocks, block_size, 2, kv_heads, D] in the dtype of q or e4m3, block_table int64 [B, N],
+    positions int64 [B]: keys 0..positions[b] are seen. A sequence's result does not depend on the others.
     """
     library, kv_heads = _decode_library(), cache.shape[3]
     group = q.shape[1] // kv_heads
@@ -49,11 +50,12 @@ def decode_attention(q: Tensor, cache: Tensor, block_table: Tensor, positions: T
     if q.dtype not in DTYPES or q.stride()[1:] != (HEAD_DIM, 1):
         return None
     assert all(tensor.is_contiguous() for tensor in (cache, positions)), "pages and positions are read in one run"
-    assert (cache.dtype, block_table.stride(1)) == (q.dtype, 1)
+    assert cache.dtype in (q.dtype, E4M3)
+    assert block_table.stride(1) == 1
     out = torch.empty(q.shape, dtype=q.dtype)
     pointers = (tensor.data_ptr() for tensor in (q, cache, block_table, positions, out))
     sizes = (len(q), q.stride(0), block_table.stride(0), kv_heads, group, cache.shape[1], torch.get_num_threads())
-    library(ctypes.byref(_Decode(*pointers, *sizes)), q.dtype == torch.bfloat16)
+    library(ctypes.byref(_Decode(*pointers, *sizes)), q.dtype == torch.bfloat16, cache.dtype == E4M3)
     return out
 
 
@@ -78,7 +80,7 @@ def encoder_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
 @cache
 def _decode_library() -> ctypes._NamedFuncPointer | None:
     library = native_library("attention")
-    return None if library is None else _declared(library.paged_decode, ctypes.c_void_p, ctypes.c_bool)
+    return None if library is None else _declared(library.paged_decode, ctypes.c_void_p, ctypes.c_bool, ctypes.c_bool)
 
 
 @cache

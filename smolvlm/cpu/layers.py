@@ -55,12 +55,8 @@ class Int8TextLayer(nn.Module):
         return tail(attended.flatten(1), hidden, self.output, self.mlp_norm, self.mlp)
 
 
-def check_quantization(quantization: str | None, device: torch.device, dtype: torch.dtype) -> None:
+def check_int8(device: torch.device, dtype: torch.dtype) -> None:
     """Raise ValueError unless this device and processor can run it with hidden states of `dtype`."""
-    if quantization is None:
-        return
-    if quantization != "int8":
-        raise ValueError(f"quantization is {quantization!r}; it must be 'int8', or left out")
     if device.type != "cpu" or dtype not in DTYPES:
         name = str(dtype).removeprefix("torch.")
         raise ValueError(f"quantization 'int8' runs on a CPU in float32 or bfloat16, not on {device} in {name}")

@@ -15,6 +15,7 @@
 using Vec = float __attribute__((vector_size(64)));
 using IntVec = int32_t __attribute__((vector_size(64)));
 struct BFloat16 { uint16_t bits; };
+struct Float8 { uint8_t bits; };  // e4m3: sign, 4 bits of exponent, 3 of mantissa
 
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
 constexpr float LOG2E = 1.44269504088896341f;
@@ -31,6 +32,14 @@ static inline Vec load(const BFloat16* from) {
   uint16_t __attribute__((vector_size(32))) half;
   std::memcpy(&half, from, sizeof half);
   return (Vec)(__builtin_convertvector(half, IntVec) << 16);
+}
+
+// Exponent and mantissa, moved to where a float has its own, are 2^-120 of the value: also where it is subnormal.
+static inline Vec load(const Float8* from) {
+  uint8_t __attribute__((vector_size(16))) bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  const IntVec bits = __builtin_convertvector(bytes, IntVec);
+  return (Vec)((bits & 0x80) << 24 | (bits & 0x7f) << 20) * 0x1p120f;
 }
 
 static inline void store(float* to, Vec values) { std::memcpy(to, &values, sizeof values); }

@@ -14,7 +14,6 @@ import torch
 from smolvlm.attention import KVCache
 from smolvlm.config import ModelConfig
 from smolvlm.cpu.build import native_library
-from smolvlm.cpu.layers import check_quantization, quantize_layers
 from smolvlm.engine.admission import Limits
 from smolvlm.engine.block_manager import BlockManager
 from smolvlm.engine.prefix import BlockKeys, TileNames, by_content, by_identity
@@ -25,7 +24,8 @@ from smolvlm.engine.stats import Counters
 from smolvlm.hub import resolve_checkpoint
 from smolvlm.model import SmolVLM
 from smolvlm.packed import can_pack, pack_linears
-from smolvlm.precision import dtype_named
+from smolvlm.precision import cache_dtype_named, dtype_named
+from smolvlm.quantization import check_quantization, quantize
 from smolvlm.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Engine:
         prefix_caching: bool = True,
         decode: DecodeMode | None = None,
         quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
     ) -> Engine:
         """Load a checkpoint directory or a pinned hub revision.
 
@@ -107,7 +108,11 @@ class Engine:
             decode: "graph", the default on a GPU, replays CUDA graphs around kernels written in Triton; "eager", the
                 default on a CPU, runs torch's own operators one by one.
             quantization: "int8" rounds the weights of all blocks to 8-bit integers, and their inputs as they come:
-                faster on a CPU without bfloat16 tiles (AMX), slightly less exact.
+                faster on a CPU without bfloat16 tiles (AMX), slightly less exact. "fp8" rounds weights and inputs of
+                the encoder's linear layers to 8-bit floats, for GPUs of compute capability 8.9 or above in bfloat16; a
+                CPU computes the same, slowly.
+            kv_cache_dtype: "fp8" keeps keys and values as 8-bit floats (e4m3), so that the same memory holds two or
+                four times as many tokens, slightly less exact; "auto" keeps them as they are computed.
 
         Raises:
             ValueError: an argument is out of range, or the checkpoint is not one that this model can load.
@@ -116,14 +121,15 @@ class Engine:
         place = torch.device(device)
         kind = dtype_named(dtype, place)
         _check_decode(decode, place)
+        cache_kind = cache_dtype_named(kv_cache_dtype, kind, place)
         check_quantization(quantization, place, kind)
         given = {"max_num_sequences": max_num_sequences, "max_num_tokens": max_num_tokens, "tile_batch": tile_batch}
         limits = _limits(place, {name: value for name, value in given.items() if value is not None})
-        model = _load(resolve_checkpoint(str(path), revision), place, kind, is_quantized=quantization is not None)
+        model = _load(resolve_checkpoint(str(path), revision), place, kind, quantization)
         budget = _default_cache_bytes(place) if kv_cache_bytes is None else kv_cache_bytes
-        num_blocks = _num_blocks(model.config, budget, limits, kind)
+        num_blocks = _num_blocks(model.config, budget, limits, cache_kind)
         limits = replace(limits, online_blocks=num_blocks // ONLINE_SHARE, ahead_tiles=_ahead_tiles(model.config, kind))
-        cache = KVCache(model.config.text, num_blocks, BLOCK_SIZE, place, kind)
+        cache = KVCache(model.config.text, num_blocks, BLOCK_SIZE, place, cache_kind)
         return cls(model, cache, num_blocks, limits, place, prefix_caching, decode)
 
     @property
@@ -301,10 +307,9 @@ def _limits(device: torch.device, given: dict[str, int]) -> Limits:
     return replace(CPU_LIMITS if device.type == "cpu" else GPU_LIMITS, **given)
 
 
-def _load(directory: Path, device: torch.device, dtype: torch.dtype, is_quantized: bool) -> SmolVLM:
+def _load(directory: Path, device: torch.device, dtype: torch.dtype, quantization: str | None) -> SmolVLM:
     model = SmolVLM.from_pretrained(directory, device, dtype)
-    if is_quantized:
-        quantize_layers(model)
+    quantize(model, quantization)
     if device.type == "cpu":
         native_library("attention")  # compiling it is nothing that the first answer should wait for
         if can_pack(dtype):

@@ -74,6 +74,7 @@ class Runner:
             self.model, self._encode, self.static = captured(model, cache, device)
         self.vision = vision_stream(device)
         self._upload = upload_to(device)
+        self._packs = can_pack_sequences(device, model.text.embedding.weight.dtype)
         self._batch: DecodeBatch | None = None
 
     @torch.inference_mode()
@@ -124,7 +125,7 @@ class Runner:
         return PagedPrefill(lengths, positions, slots, prefixes, self.cache)
 
     def _starts(self, lengths: tuple[int, ...]) -> Tensor | None:
-        if not can_pack_sequences(self.device, self.cache.storage.dtype):
+        if not self._packs:
             return None
         return self._send(np.cumsum((0, *lengths), dtype=np.int32))
 

@@ -11,7 +11,15 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from smolvlm.kernels.fused_triton import gate_kernel, likeliest_kernel, norm_kernel, patches_kernel, rotate_kernel
+from smolvlm.kernels.fused_triton import (
+    gate_kernel,
+    likeliest_kernel,
+    norm_kernel,
+    patches_kernel,
+    quantize_kernel,
+    rotate_kernel,
+)
+from smolvlm.precision import E4M3
 from smolvlm.vision import PatchEmbedding
 
 GATE_BLOCK = 1024
@@ -73,3 +81,16 @@ def cut_and_normalise(pixels: Tensor, embedding: PatchEmbedding) -> Tensor:
         GRID=embedding.grid, BLOCK=triton.next_power_of_2(weight.shape[1]),
     )  # fmt: skip
     return out
+
+
+def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """[.., n] → e4m3 [.., n] and the scale of each row, float32 [.., 1] (smolvlm.fp8.quantized_rows)."""
+    assert values.is_contiguous(), "rows are dense"
+    size = values.shape[-1]
+    out = torch.empty_like(values, dtype=E4M3)
+    scales = torch.empty((*values.shape[:-1], 1), dtype=torch.float32, device=values.device)
+    block = triton.next_power_of_2(size)
+    quantize_kernel[(values.numel() // size,)](
+        values, out, scales, SIZE=size, BLOCK=block, num_warps=max(1, min(8, block // 256))
+    )
+    return out, scales

@@ -14,10 +14,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smolvlm.attention import Attention
+from smolvlm.fp8 import Fp8Linear
 from smolvlm.kernels.fused import (
     add_and_norm,
     choose_likeliest,
     cut_and_normalise,
+    quantize_rows,
     rotate_in_place,
     silu_and_multiply,
 )
@@ -73,17 +75,21 @@ def encode(vision: VisionEncoder, pixels: Tensor) -> Tensor:
 
 
 def attend_within(attention: VisionAttention, hidden: Tensor) -> Tensor:
-    qkv = attention.qkv(hidden).unflatten(-1, (3, attention.num_heads, attention.head_dim))
+    qkv = linear(attention.qkv, hidden).unflatten(-1, (3, attention.num_heads, attention.head_dim))
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [N, heads, P, D] each
     with sdpa_kernel(BACKENDS, set_priority=True):
         attended = F.scaled_dot_product_attention(q, k, v)
-    output: Tensor = attention.output(attended.transpose(1, 2).flatten(2))
-    return output
+    return linear(attention.output, attended.transpose(1, 2).flatten(2))
 
 
 def two_linears(mlp: VisionMLP, hidden: Tensor) -> Tensor:
-    assert isinstance(mlp.up, nn.Linear), "packed weights are a CPU's"
-    output: Tensor = mlp.down(linear_gelu(hidden, mlp.up))
+    inner = linear_gelu(hidden, mlp.up) if isinstance(mlp.up, nn.Linear) else mlp.activation(linear(mlp.up, hidden))
+    return linear(mlp.down, inner)
+
+
+def linear(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """A linear layer of the encoder; one in 8-bit floats has its inputs rounded in one pass."""
+    output: Tensor = layer.product(*quantize_rows(inputs)) if isinstance(layer, Fp8Linear) else layer(inputs)
     return output
 
 

@@ -3,7 +3,10 @@
 import triton
 import triton.language as tl
 
+from smolvlm.kernels.e4m3_triton import to_e4m3
+
 LOWEST = tl.constexpr(-3.0e38)  # finite: the difference of two infinities would be NaN
+SMALLEST = tl.constexpr(1.1754943508222875e-38)  # float32's smallest normal number
 
 
 @triton.jit
@@ -108,3 +111,15 @@ def patches_kernel(
     std = tl.load(std_ptr + values, mask=inside, other=1.0)
     normalised = (pixels - mean) / std
     tl.store(out_ptr + patch.to(tl.int64) * size + values, normalised.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def quantize_kernel(values_ptr, out_ptr, scales_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """One row as e4m3, its largest value at 448, and what 1 counts in it."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < SIZE
+    row = tl.program_id(0).to(tl.int64)
+    values = tl.load(values_ptr + row * SIZE + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(values), axis=0) / 448.0, SMALLEST)
+    tl.store(scales_ptr + row, scale)
+    tl.store(out_ptr + row * SIZE + columns, to_e4m3(values / scale), mask=inside)

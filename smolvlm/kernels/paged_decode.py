@@ -23,6 +23,7 @@ from torch import Tensor
 
 from smolvlm.attention import KVCache
 from smolvlm.kernels.paged_decode_triton import attend_kernel, join_kernel
+from smolvlm.precision import E4M3
 
 TILE = 64  # keys per step of a program
 DOT_ROWS = 16  # the fewest rows a tensor core multiplies; a group's query heads are padded to it
@@ -57,10 +58,10 @@ def fused_paged_decode(positions: Tensor, block_table: Tensor, cache: KVCache) -
 def check_supported(cache: KVCache) -> None:
     """Raise ValueError for heads of a size, or values of a type, that the kernel does not take."""
     head_dim, dtype = cache.token_shape[2], cache.storage.dtype
-    if head_dim not in HEAD_DIMS or dtype not in DTYPES:
+    if head_dim not in HEAD_DIMS or dtype not in (*DTYPES, E4M3):
         raise ValueError(
-            f"the fused decode takes heads of {', '.join(map(str, HEAD_DIMS))} values in float32, bfloat16 or float16; "
-            f"the model has {head_dim} in {dtype}: use decode='eager'"
+            f"the fused decode takes heads of {', '.join(map(str, HEAD_DIMS))} values in float32, bfloat16, float16 or "
+            f"e4m3; the cache has {head_dim} in {dtype}: use decode='eager'"
         )
 
 
@@ -76,7 +77,8 @@ def attend_pages(q: Tensor, kv: Tensor, pages: Tensor, block_table: Tensor, posi
     Args:
         q: [B, heads, D], the last dimension dense.
         kv: [B, 2, kv_heads, D], the last dimension dense.
-        pages: one layer of the cache, dense [blocks, block_size, 2, kv_heads, D]; written at each sequence's position.
+        pages: one layer of the cache, dense [blocks, block_size, 2, kv_heads, D], in the dtype of q or e4m3; written at
+            each sequence's position.
         block_table: [B, N], the blocks of each sequence.
         positions: [B], where the new tokens stand; the cache holds all before.
         splits: programs that share a sequence, a power of two.

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from smolvlm.kernels.e4m3_triton import to_e4m3
+
 
 @triton.jit
 def attend_kernel(
@@ -25,7 +27,8 @@ def attend_kernel(
     )
 
     new = kv_ptr + sequence * kv_batch + head * kv_head + dims
-    k_new, v_new = tl.load(new), tl.load(new + kv_part)
+    k_new = _as_stored(tl.load(new), pages_ptr.dtype.element_ty)
+    v_new = _as_stored(tl.load(new + kv_part), pages_ptr.dtype.element_ty)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, HEAD_DIM], tl.float32)
@@ -57,6 +60,14 @@ def attend_kernel(
     if SPLITS > 1:
         weight = tl.where(total > 0.0, best + tl.log2(tl.where(total > 0.0, total, 1.0)), float("-inf"))
         tl.store(weights_ptr + place, weight, mask=in_group)
+
+
+@triton.jit
+def _as_stored(values, STORED: tl.constexpr):
+    """Values as pages hold them."""
+    if STORED.is_fp8e4nv():
+        values = to_e4m3(values)
+    return values.to(STORED)
 
 
 @triton.jit

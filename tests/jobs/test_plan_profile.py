@@ -75,6 +75,8 @@ def test_a_profile_of_something_else_is_refused(mixed: Path, tmp_path: Path) -> 
         load_profile(path, replace(job, model=replace(job.model, dtype="bfloat16")), None)
     with pytest.raises(ConfigError, match=r"measured with the model .*None.*int8"):
         load_profile(path, replace(job, model=replace(job.model, quantization="int8")), None)
+    with pytest.raises(ConfigError, match=r"measured with the model .*auto.*fp8"):
+        load_profile(path, replace(job, model=replace(job.model, kv_cache_dtype="fp8")), None)
     for wrong in ("", "[]", "{}", '{"lengths": [1]}', json.dumps({"lengths": [], "x": 1})):
         path.write_text(wrong)
         with pytest.raises(ConfigError, match="give a file that `smolvlm plan … --save-profile` has written"):

@@ -132,6 +132,11 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         content(model__quantization="int8", model__dtype="float16"),
         ["`model.dtype`", '"float16"', "float32 or bfloat16"],
     ),
+    "8-bit floats beside float32 on a GPU": (
+        content(model__quantization="fp8", model__dtype="float32", engine__gpus=1),
+        ["`model.dtype`", '"float32"', "bfloat16 on a GPU"],
+    ),
+    "unknown cache": (content(model__kv_cache_dtype="int8"), ["`model.kv_cache_dtype`", '"int8"', "'fp8'"]),
     "column of images": (content(source__format="images", source__column="x"), ["`source.column`", "no columns"]),
     "blank glob": (content(source__glob=" "), ["`source.glob`", "**/*.jpg"]),
     "unknown scheme": (content(source__uri="s4://b/x"), ["`source.uri`", '"s4://b/x"', "did you mean s3://"]),

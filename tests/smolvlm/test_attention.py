@@ -6,8 +6,10 @@ from torch import Tensor
 
 from smolvlm.attention import KVCache, PackedPrefill, PagedDecode, PagedPrefill, causal_attention, packed_prefill
 from smolvlm.config import TextConfig
+from smolvlm.precision import E4M3
 
 CPU = torch.device("cpu")
+CACHE_DTYPES = [torch.float32, E4M3]
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 CONFIG = TextConfig(
     hidden_size=32,
@@ -53,26 +55,29 @@ def test_packed_prompts_do_not_see_each_other() -> None:
     torch.testing.assert_close(attention.attend(0, q, kv), expected)
 
 
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("layer", [0, 1])
-def test_paged_decode_equals_attention_over_the_whole_sequence(layer: int) -> None:
+def test_paged_decode_equals_attention_over_the_whole_sequence(layer: int, dtype: torch.dtype) -> None:
     """Sequences of uneven length, on scattered blocks, in a cache whose other slots hold rubbish."""
-    cache = KVCache(CONFIG, num_blocks=9, block_size=4, device=CPU, dtype=torch.float32)
-    cache.storage.normal_(std=100.0)
+    cache = _cache_of_rubbish(dtype)
     tables, lengths = [[7, 2, 5], [3], [0, 8]], [9, 2, 8]
     history = [_random(length, 2, KV_HEADS, HEAD_DIM, seed=length) for length in lengths]
     queries = [_random(length, HEADS, HEAD_DIM, seed=10 + length) for length in lengths]
     _prefill(cache, layer, [kv[:-1] for kv in history], tables)
     attention = _decode(cache, tables, lengths)
     last = [torch.stack([each[-1] for each in rows]) for rows in (queries, history)]
-    expected = [_written_out(q, *kv.unbind(1))[-1] for q, kv in zip(queries, history, strict=True)]
+    stored = [kv.to(dtype).float() for kv in history]
+    expected = [_written_out(q, *kv.unbind(1))[-1] for q, kv in zip(queries, stored, strict=True)]
     torch.testing.assert_close(attention.attend(layer, *last), torch.stack(expected))
 
 
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("starts", [(4, 8, 0), (5, 0, 3), (1, 13, 2)])
-def test_a_prefill_behind_cached_pages_equals_attention_over_the_whole_prompt(starts: tuple[int, ...]) -> None:
+def test_a_prefill_behind_cached_pages_equals_attention_over_the_whole_prompt(
+    starts: tuple[int, ...], dtype: torch.dtype
+) -> None:
     """Prompts cut anywhere, one of them perhaps from its beginning, in a cache whose other slots hold rubbish."""
-    cache = KVCache(CONFIG, num_blocks=9, block_size=4, device=CPU, dtype=torch.float32)
-    cache.storage.normal_(std=100.0)
+    cache = _cache_of_rubbish(dtype)
     tables, lengths = [[7, 2, 5], [3, 1, 6, 0], [8]], [9, 14, 4]
     kv = [_random(length, 2, KV_HEADS, HEAD_DIM, seed=length) for length in lengths]
     queries = [_random(length, HEADS, HEAD_DIM, seed=10 + length) for length in lengths]
@@ -81,8 +86,22 @@ def test_a_prefill_behind_cached_pages_equals_attention_over_the_whole_prompt(st
     attention = _behind(cache, tables, starts, lengths)
     fresh = [torch.cat([each[start:] for each, start in zip(rows, starts, strict=True)]) for rows in (queries, kv)]
     parts = zip(queries, kv, starts, strict=True)
-    expected = [_written_out(q, *each.unbind(1))[start:] for q, each, start in parts]
+    expected = [_written_out(q, *each.to(dtype).float().unbind(1))[start:] for q, each, start in parts]
     torch.testing.assert_close(attention.attend(1, *fresh), torch.cat(expected))
+
+
+def test_keys_beyond_the_range_of_8_bit_floats_become_the_largest() -> None:
+    cache = KVCache(CONFIG, num_blocks=1, block_size=4, device=CPU, dtype=E4M3)
+    kv = torch.full((2, 2, KV_HEADS, HEAD_DIM), 1e4) * torch.tensor([1, -1]).view(2, 1, 1, 1)
+    stored = cache.write(0, torch.tensor([3, 1]), kv)
+    assert torch.equal(stored, kv.clamp(-448, 448))
+    assert torch.equal(cache.gather(0, torch.tensor([[0]]))[0, [3, 1]].float(), stored)
+
+
+def _cache_of_rubbish(dtype: torch.dtype) -> KVCache:
+    cache = KVCache(CONFIG, num_blocks=9, block_size=4, device=CPU, dtype=dtype)
+    cache.storage.copy_(torch.randn(cache.storage.shape) * 100)
+    return cache
 
 
 def _behind(cache: KVCache, tables: list[list[int]], starts: tuple[int, ...], lengths: list[int]) -> PagedPrefill:
@@ -114,9 +133,11 @@ def _decode(cache: KVCache, tables: list[list[int]], lengths: list[int]) -> Page
     return PagedDecode(positions, torch.tensor(slots), padded, visible[:, None, None], cache)
 
 
-def test_a_new_cache_holds_zeros_and_costs_what_block_bytes_says_and_a_block_more() -> None:
-    cache = KVCache(CONFIG, num_blocks=5, block_size=4, device=CPU, dtype=torch.bfloat16)
-    assert cache.storage.dtype is torch.bfloat16
-    assert not cache.storage.any()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3])
+def test_a_new_cache_holds_zeros_and_costs_what_block_bytes_says_and_a_block_more(dtype: torch.dtype) -> None:
+    cache = KVCache(CONFIG, num_blocks=5, block_size=4, device=CPU, dtype=dtype)
+    assert cache.storage.dtype is dtype
+    assert not cache.storage.float().any()
     assert cache.scratch == 5
-    assert cache.storage.nbytes == 6 * KVCache.block_bytes(CONFIG, 4, torch.bfloat16)
+    assert cache.storage.nbytes == 6 * KVCache.block_bytes(CONFIG, 4, dtype)
+    assert KVCache.block_bytes(CONFIG, 4, E4M3) * 4 == KVCache.block_bytes(CONFIG, 4, torch.float32)

@@ -11,7 +11,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smolvlm.kernels.fused_triton import gate_kernel, likeliest_kernel, norm_kernel, patches_kernel, rotate_kernel
+from smolvlm.kernels.fused_triton import (
+    gate_kernel,
+    likeliest_kernel,
+    norm_kernel,
+    patches_kernel,
+    quantize_kernel,
+    rotate_kernel,
+)
 from smolvlm.kernels.paged_decode import NUM_STAGES, TILE
 from smolvlm.kernels.paged_decode_triton import attend_kernel, join_kernel
 
@@ -19,10 +26,10 @@ FLOAT = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 GROUPS = {"256m": (3, 3), "2.2b": (32, 1)}  # key/value heads, query heads for each
 
 
-def attend(size: str, dtype: str, splits: int, capability: int) -> dict[str, Any]:
+def attend(size: str, dtype: str, splits: int, capability: int, pages: str | None = None) -> dict[str, Any]:
     kv_heads, group = GROUPS[size]
     part = "fp32" if splits > 1 else dtype
-    types = dict.fromkeys(("q_ptr", "kv_ptr", "pages_ptr"), f"*{dtype}")
+    types = {"q_ptr": f"*{dtype}", "kv_ptr": f"*{dtype}", "pages_ptr": f"*{pages or dtype}"}
     types |= {"table_ptr": "*i64", "positions_ptr": "*i64", "out_ptr": f"*{part}", "weights_ptr": f"*{part}"}
     strides = ("q_batch", "q_head", "kv_batch", "kv_part", "kv_head", "table_batch", "positions_batch")
     types |= dict.fromkeys(strides, "i32") | {"scale": "fp32"}
@@ -34,6 +41,11 @@ def attend(size: str, dtype: str, splits: int, capability: int) -> dict[str, Any
 def join(splits: int, capability: int) -> dict[str, Any]:
     types = {"parts_ptr": "*fp32", "weights_ptr": "*fp32", "out_ptr": "*bf16"}
     return _compiled(join_kernel, types, {"HEAD_DIM": 64, "SPLITS": splits}, capability)
+
+
+def quantize(dtype: str, capability: int) -> dict[str, Any]:
+    types = {"values_ptr": f"*{dtype}", "out_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
+    return _compiled(quantize_kernel, types, {"SIZE": 768, "BLOCK": 1024}, capability)
 
 
 def fused(capability: int) -> list[dict[str, Any]]:
@@ -75,4 +87,6 @@ def _compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], cap
 
 if __name__ == "__main__":
     built = [attend("256m", "bf16", 1, 90), attend("2.2b", "bf16", 4, 80), attend("256m", "fp32", 1, 90), join(4, 90)]
+    built += [attend("256m", "bf16", 1, 90, "fp8e4nv"), attend("2.2b", "bf16", 4, 89, "fp8e4nv")]
+    built += [quantize("bf16", 90), quantize("bf16", 89)]
     print(json.dumps([*built, *fused(80), *fused(90)]))

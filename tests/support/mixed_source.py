@@ -59,6 +59,7 @@ def profile_of(job: Job) -> Profile:
         revision=job.model.revision,
         dtype=job.model.dtype,
         quantization=job.model.quantization,
+        kv_cache_dtype=job.model.kv_cache_dtype,
         sequences=256,
         tile_s=0.5,
         output_token_s=0.25,

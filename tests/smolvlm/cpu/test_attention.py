@@ -8,6 +8,7 @@ from torch import Tensor
 
 from smolvlm.cpu.attention import _dense_library, decode_attention, encoder_attention
 from smolvlm.cpu.build import native_library
+from smolvlm.precision import E4M3
 
 HEAD_DIM = 64
 needs_native = pytest.mark.skipif(native_library("attention") is None, reason="no C++ compiler")
@@ -45,27 +46,47 @@ def _pages(
     group=st.integers(1, 4),
     block_size=st.sampled_from([1, 4, 16, 24, 32]),
     dtype=DTYPES,
+    in_8_bits=st.booleans(),
     threads=st.integers(1, 4),
     scale=st.sampled_from([0.1, 1.0, 8.0]),
 )
 def test_decode_is_the_definition_and_does_not_depend_on_the_batch(
-    lengths: list[int], kv_heads: int, group: int, block_size: int, dtype: torch.dtype, threads: int, scale: float
+    lengths: list[int],
+    kv_heads: int,
+    group: int,
+    block_size: int,
+    dtype: torch.dtype,
+    in_8_bits: bool,
+    threads: int,
+    scale: float,
 ) -> None:
     torch.set_num_threads(threads)
     random = torch.Generator().manual_seed(sum(lengths))
-    cache, table = _pages(lengths, kv_heads, block_size, dtype, random)
+    cache, table = _pages(lengths, kv_heads, block_size, E4M3 if in_8_bits else dtype, random)
     heads = torch.randn(len(lengths), (group + 1) * kv_heads, HEAD_DIM, generator=random).mul(scale).to(dtype)
     q, positions = heads[:, : group * kv_heads], torch.tensor(lengths) - 1  # strided, as it comes from the projection
     attended, (atol, rtol) = decode_attention(q, cache, table, positions), _tolerance(dtype)
     assert attended is not None
     for row, length in enumerate(lengths):
-        k, v = cache[table[row]].flatten(0, 1)[:length].unbind(1)  # [length, kv_heads, D] each
+        k, v = cache[table[row]].float().flatten(0, 1)[:length].unbind(1)  # [length, kv_heads, D] each
         k, v = (each.transpose(0, 1).repeat_interleave(group, dim=0) for each in (k, v))
         expected = _definition(q[row].unsqueeze(1), k, v).squeeze(1)
         torch.testing.assert_close(attended[row].double(), expected, atol=atol, rtol=rtol)
         alone = decode_attention(q[row : row + 1], cache, table[row : row + 1], positions[row : row + 1])
         assert alone is not None
         assert torch.equal(alone[0], attended[row])
+
+
+@needs_native
+def test_every_8_bit_float_is_read_as_what_it_is() -> None:
+    """A single key leaves its value as it is: all but the two NaN, 64 at a time."""
+    values = torch.arange(256, dtype=torch.uint8).view(E4M3)
+    cache = torch.stack([torch.zeros(4, HEAD_DIM).to(E4M3), values.view(4, HEAD_DIM)], dim=1).view(4, 1, 2, 1, HEAD_DIM)
+    table, positions = torch.arange(4).unsqueeze(1), torch.zeros(4, dtype=torch.int64)
+    attended = decode_attention(torch.ones(4, 1, HEAD_DIM), cache, table, positions)
+    assert attended is not None
+    numbers = ~values.float().isnan()
+    assert torch.equal(attended.flatten()[numbers], values.float()[numbers])
 
 
 @needs_native

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from smolvlm import Engine, Processor, SamplingParams
 from smolvlm.attention import packed_prefill
 from smolvlm.cpu import layers
-from smolvlm.cpu.layers import Int8TextLayer, Int8VisionLayer, check_quantization, quantize_layers
+from smolvlm.cpu.layers import Int8TextLayer, Int8VisionLayer, check_int8, quantize_layers
 from smolvlm.cpu.linear import has_int8
 from smolvlm.hub import BUNDLED, BUNDLED_DIRECTORY
 from smolvlm.model import SmolVLM
@@ -95,16 +95,13 @@ def test_answers_do_not_depend_on_the_batch(inputs: list[ModelInput]) -> None:
     assert [engine.generate([each], params)[0].token_ids for each in inputs[:5]] == together
 
 
-def test_what_cannot_be_quantized_is_refused(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_quantization(None, torch.device("cuda"), torch.float16)
-    with pytest.raises(ValueError, match="quantization is 'int4'; it must be 'int8'"):
-        Engine.from_pretrained(tiny_checkpoint, quantization="int4")
+def test_what_cannot_be_quantized_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for device, dtype, named in (("cuda:1", torch.float32, "cuda:1 in float32"), ("cpu", torch.float16, "in float16")):
         with pytest.raises(ValueError, match=f"runs on a CPU in float32 or bfloat16, not on .*{named}"):
-            check_quantization("int8", torch.device(device), dtype)
+            check_int8(torch.device(device), dtype)
     monkeypatch.setattr(layers, "has_int8", lambda: False)
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
-        check_quantization("int8", CPU, torch.bfloat16)
+        check_int8(CPU, torch.bfloat16)
 
 
 def test_sizes_that_do_not_fit_are_refused(tiny_checkpoint: Path) -> None:

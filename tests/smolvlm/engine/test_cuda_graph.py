@@ -7,16 +7,20 @@ import pytest
 import torch
 from fixture_types import MakeEngine, MakeInput, MakeTiles
 
-from smolvlm import SamplingParams
+from smolvlm import Engine, Processor, SamplingParams
 from smolvlm.engine.cuda_graph import GraphCapture
 from smolvlm.engine.vision_stream import vision_stream
+from smolvlm.hub import BUNDLED
+from smolvlm.precision import has_fp8
 from smolvlm.processor import ModelInput
+from smolvlm.training.documents import DocumentGenerator, DocumentOptions
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1",
     reason="needs a CUDA device, and TRITON_INTERPRET=0",
 )
 
+EASY = DocumentOptions(kinds={"word": 1.0, "line": 1.0, "receipt": 1.0}, text_px=(16.0, 28.0), degraded_share=0.0)
 GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)
 
 
@@ -27,16 +31,19 @@ def inputs(make_input: MakeInput, make_tiles: MakeTiles) -> list[ModelInput]:
     return [*images, *(make_input(text=text) for text in texts)]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize(("temperature", "kv_cache_dtype"), [(0.0, "auto"), (0.9, "auto"), (0.0, "fp8")])
 def test_replays_choose_the_tokens_of_plain_operators(
-    make_engine: MakeEngine, inputs: list[ModelInput], temperature: float
+    make_engine: MakeEngine, inputs: list[ModelInput], temperature: float, kv_cache_dtype: str
 ) -> None:
     """Sequences join and leave, and with them buckets change; float32, so that near-ties are rare."""
     params = [
         replace(GREEDY, max_new_tokens=4 + 3 * index, temperature=temperature, seed=index)
         for index in range(len(inputs))
     ]
-    graph, eager = (make_engine(device="cuda", decode=decode, max_num_sequences=5) for decode in ("graph", "eager"))
+    if kv_cache_dtype == "fp8" and not has_fp8(torch.device("cuda")):
+        pytest.skip("needs a GPU of compute capability 8.9")
+    options = {"device": "cuda", "kv_cache_dtype": kv_cache_dtype, "max_num_sequences": 5}
+    graph, eager = (make_engine(decode=decode, **options) for decode in ("graph", "eager"))
     ours, plain = (engine.generate(inputs * 2, params * 2) for engine in (graph, eager))
     assert [done.token_ids for done in ours] == [done.token_ids for done in plain]
     assert [done.mean_logprob for done in ours] == pytest.approx([done.mean_logprob for done in plain], abs=1e-3)
@@ -78,6 +85,18 @@ def test_another_stream_waits_on_the_device_and_the_host_does_not() -> None:
     assert total.item() == 7000
     torch.cuda.synchronize()
     assert vision.num_over == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not has_fp8(torch.device("cuda")), reason="needs 8-bit floats")
+def test_an_encoder_in_8_bit_floats_reads_as_on_a_cpu() -> None:
+    """The bundled model, whose sizes the products take. The CPU's products sum in another order."""
+    processor, generator = Processor.from_pretrained(BUNDLED), DocumentGenerator("held_out", 5, EASY)
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Transcribe all text."}]}]
+    inputs = [processor(prompt, [generator.document(index).image]) for index in range(8)]
+    engines = (Engine.from_pretrained(BUNDLED, place, "bfloat16", quantization="fp8") for place in ("cuda", "cpu"))
+    ours, theirs = (engine.generate(inputs, SamplingParams(max_new_tokens=80)) for engine in engines)
+    same = [one.token_ids == other.token_ids for one, other in zip(ours, theirs, strict=True)]
+    assert sum(same) >= 7
 
 
 def test_a_replay_reads_the_buffers_anew_and_warm_ups_precede_it() -> None:

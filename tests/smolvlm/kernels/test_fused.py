@@ -13,15 +13,19 @@ from torch.nn import functional as F
 
 from smolvlm.attention import can_pack_sequences, causal_attention, packed_attention, packed_prefill
 from smolvlm.config import TextConfig
+from smolvlm.fp8 import quantize_encoder, quantized_rows
+from smolvlm.hub import BUNDLED_DIRECTORY
 from smolvlm.kernels.fused import (
     add_and_norm,
     choose_likeliest,
     cut_and_normalise,
+    quantize_rows,
     rotate_in_place,
     silu_and_multiply,
 )
 from smolvlm.kernels.fused_model import FusedSmolVLM, linear_gelu
 from smolvlm.model import SmolVLM
+from smolvlm.precision import has_fp8
 from smolvlm.sampling import choose_tokens
 from smolvlm.text import rotary_table, rotate
 
@@ -107,6 +111,30 @@ def test_patches_and_encoder(model: SmolVLM) -> None:
     torch.testing.assert_close(
         FusedSmolVLM(model).encode_tiles(pixels), model.encode_tiles(pixels), rtol=1e-3, atol=1e-4
     )
+
+
+@pytest.mark.skipif(not has_fp8(DEVICE), reason="needs a GPU of compute capability 8.9")
+@torch.inference_mode()
+def test_encoder_in_8_bit_floats() -> None:
+    """Of the bundled model, whose sizes the products take; bfloat16, as on a GPU. Inputs are rounded from values that
+    differ a little between the two, and a rounding is a sixteenth at most."""
+    model = SmolVLM.from_pretrained(BUNDLED_DIRECTORY, DEVICE, torch.bfloat16)
+    quantize_encoder(model)
+    side = model.config.vision.image_size
+    pixels = (torch.arange(side * side * 3) * 37 % 256).to(torch.uint8).view(1, side, side, 3).to(DEVICE)
+    plain, ours = model.encode_tiles(pixels), FusedSmolVLM(model).encode_tiles(pixels)
+    assert (ours - plain).norm() < 0.05 * plain.norm()
+
+
+@dtypes
+@pytest.mark.skipif(not has_fp8(DEVICE), reason="needs a GPU of compute capability 8.9")
+def test_rows_are_rounded_as_torch_does(dtype: torch.dtype) -> None:
+    values = _noise(2, 5, 100, dtype=dtype) * torch.tensor([1e-4, 0.1, 1.0, 30.0, 0.0], device=DEVICE).view(1, 5, 1)
+    values = values.to(dtype)
+    (ours, our_scales), (plain, scales) = quantize_rows(values), quantized_rows(values)
+    torch.testing.assert_close(our_scales, scales, rtol=1e-6, atol=0)
+    assert (ours.float() == plain.float()).float().mean() > 0.99  # a scale may differ by its last bit
+    torch.testing.assert_close(ours.float() * our_scales, plain.float() * scales, rtol=0.13, atol=1e-9)
 
 
 @torch.inference_mode()

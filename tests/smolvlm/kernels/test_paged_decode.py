@@ -14,7 +14,15 @@ from torch import Tensor
 
 from smolvlm.attention import KVCache, paged_decode
 from smolvlm.config import TextConfig
-from smolvlm.kernels.paged_decode import MAX_SPLITS, TILE, FusedPagedDecode, check_supported, num_splits
+from smolvlm.kernels.paged_decode import (
+    MAX_SPLITS,
+    TILE,
+    FusedPagedDecode,
+    attend_pages,
+    check_supported,
+    num_splits,
+)
+from smolvlm.precision import E4M3, to_e4m3
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -33,6 +41,7 @@ class Case:
     page: int = 16
     splits: int = 1
     dtype: torch.dtype = torch.float32
+    cache_dtype: torch.dtype | None = None  # None is dtype
     spare_pages: int = 2  # columns of the block table behind the longest sequence
     seed: int = 0
 
@@ -47,12 +56,12 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, KVCache]:
     generator = torch.Generator().manual_seed(case.seed)
     counts = [-(-length // case.page) for length in case.lengths]
     num_blocks = sum(counts) + 3
-    cache = KVCache(_config(case), num_blocks, case.page, DEVICE, case.dtype)
+    cache = KVCache(_config(case), num_blocks, case.page, DEVICE, case.cache_dtype or case.dtype)
     order = torch.randperm(num_blocks, generator=generator)
     table = torch.full((len(counts), max(counts) + case.spare_pages), cache.scratch)
     for row, (count, blocks) in enumerate(zip(counts, order.split([*counts, 3])[:-1], strict=True)):
         table[row, :count] = blocks
-    history = torch.randn(cache.storage.shape, generator=generator).to(case.dtype)
+    history = torch.randn(cache.storage.shape, generator=generator)
     stored = torch.zeros(cache.storage.shape[1:3], dtype=torch.bool)
     for row, length in enumerate(case.lengths):
         keys = torch.arange(length - 1)
@@ -68,11 +77,12 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, KVCache]:
 
 def _expected(q: Tensor, kv: Tensor, table: Tensor, positions: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
     """Attended values and pages afterwards, by plain torch in float32, which wants no NaN in what it masks."""
+    kind = E4M3 if cache.storage.dtype == E4M3 else torch.float32
     plain = KVCache.__new__(KVCache)
-    plain.__dict__ |= cache.__dict__ | {"storage": cache.storage.nan_to_num().float()}
-    plain._gathered = torch.empty(0, device=DEVICE)
+    plain.__dict__ |= cache.__dict__ | {"storage": cache.storage.float().nan_to_num().to(kind)}
+    plain._gathered = torch.empty(0, device=DEVICE, dtype=kind)
     attended = paged_decode(positions, table, plain).attend(LAYER, q.float(), kv.float())
-    return attended.to(q.dtype), plain.storage.to(q.dtype)
+    return attended.to(q.dtype), plain.storage.float()
 
 
 def _check(case: Case) -> None:
@@ -82,8 +92,9 @@ def _check(case: Case) -> None:
     ours = FusedPagedDecode(positions, table, cache, case.splits).attend(LAYER, q, kv)
     tolerance = TOLERANCE[case.dtype]
     torch.testing.assert_close(ours, attended, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(cache.storage[LAYER].nan_to_num(), pages[LAYER], rtol=0, atol=0)
-    torch.testing.assert_close(cache.storage[1 - LAYER], untouched, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(cache.storage[LAYER].float().nan_to_num(), pages[LAYER], rtol=0, atol=0)
+    others = (each.float() for each in (cache.storage[1 - LAYER], untouched))
+    torch.testing.assert_close(*others, rtol=0, atol=0, equal_nan=True)
 
 
 EDGES = (1, 2, 15, 16, 17, 32, 33, TILE, TILE + 1, TILE + 2, 3 * TILE + 5)
@@ -106,6 +117,28 @@ def test_low_precision(dtype: torch.dtype) -> None:
     _check(Case((1, 70, 33), dtype=dtype, splits=2))
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("splits", [1, 2])
+def test_pages_of_8_bit_floats(dtype: torch.dtype, splits: int) -> None:
+    _check(Case((1, 70, 33, TILE + 2), dtype=dtype, cache_dtype=E4M3, splits=splits))
+
+
+def test_new_tokens_are_rounded_to_8_bits_as_torch_does() -> None:
+    """All sizes from below the smallest to beyond the largest, halves between two neighbours among them."""
+    case = Case((1, 20), kv_heads=4, group=1, cache_dtype=E4M3)
+    q, kv, table, positions, cache = _inputs(case)
+    finite = torch.arange(256, dtype=torch.uint8).view(E4M3).float().nan_to_num()
+    halves = (finite[:-1] + finite[1:]) / 2
+    odd = torch.cat([finite, halves, torch.tensor([2.0**-10, 449.0, 500.0, 1e30, torch.inf]), finite * 1.03])
+    for start in range(0, len(odd), kv[0].numel()):
+        values = odd[start : start + kv[0].numel()].to(DEVICE)
+        kv[0].view(-1)[: len(values)] = values
+        kv[1].view(-1)[: len(values)] = -values
+        attend_pages(q, kv, cache.storage[LAYER], table, positions, 1)
+        stored = cache.storage[LAYER, table[:, positions // 16].diag(), positions % 16]
+        torch.testing.assert_close(stored.float(), to_e4m3(kv).float(), rtol=0, atol=0)
+
+
 @settings(max_examples=12 if INTERPRETED else 200, deadline=None)
 @given(
     st.builds(
@@ -117,6 +150,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
         page=st.sampled_from([4, 16]),
         splits=st.sampled_from([1, 2, 8]),
         dtype=st.sampled_from(list(TOLERANCE)),
+        cache_dtype=st.sampled_from([None, E4M3]),
         spare_pages=st.integers(0, 3),
         seed=st.integers(0, 99),
     )
@@ -166,4 +200,5 @@ def test_heads_it_cannot_take_are_refused() -> None:
     config = replace(_config(Case((1,))), head_dim=72)
     with pytest.raises(ValueError, match=r"heads of 16, 32, 64, 128 values .* has 72 in torch\.float32: use decode="):
         check_supported(KVCache(config, 2, 16, DEVICE, torch.float32))
-    check_supported(KVCache(replace(config, head_dim=64), 2, 16, DEVICE, torch.bfloat16))
+    for dtype in (torch.bfloat16, E4M3):
+        check_supported(KVCache(replace(config, head_dim=64), 2, 16, DEVICE, dtype))
