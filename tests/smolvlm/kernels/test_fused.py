@@ -31,10 +31,12 @@ from smolvlm.text import rotary_table, rotate
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+HAS_FP8 = INTERPRETED or (torch.cuda.is_available() and has_fp8(DEVICE))
 TEXT = TextConfig(8, 8, 2, 9, 3, 64, 8, 1e4, 64, 1e-5)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
 pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_fp8 = pytest.mark.skipif(not HAS_FP8, reason="needs a GPU of compute capability 8.9")
 dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE))
 
 
@@ -113,7 +115,7 @@ def test_patches_and_encoder(model: SmolVLM) -> None:
     )
 
 
-@pytest.mark.skipif(not has_fp8(DEVICE), reason="needs a GPU of compute capability 8.9")
+@needs_fp8
 @torch.inference_mode()
 def test_encoder_in_8_bit_floats() -> None:
     """Of the bundled model, whose sizes the products take; bfloat16, as on a GPU. Inputs are rounded from values that
@@ -127,7 +129,7 @@ def test_encoder_in_8_bit_floats() -> None:
 
 
 @dtypes
-@pytest.mark.skipif(not has_fp8(DEVICE), reason="needs a GPU of compute capability 8.9")
+@needs_fp8
 def test_rows_are_rounded_as_torch_does(dtype: torch.dtype) -> None:
     values = _noise(2, 5, 100, dtype=dtype) * torch.tensor([1e-4, 0.1, 1.0, 30.0, 0.0], device=DEVICE).view(1, 5, 1)
     values = values.to(dtype)
