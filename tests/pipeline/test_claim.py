@@ -51,6 +51,7 @@ def test_a_claim_is_written_once_and_says_what_ran(destination: Location, job: J
         ({"source": Source("s3://b/in/", glob="*.jpg")}, "source.glob"),
         ({"image": ImageOptions(longest_edge=512)}, "image.longest_edge: None in the output, 512 now"),
         ({"image": ImageOptions(fast=True)}, "image.fast: None in the output, True now"),
+        ({"model": Model("bundled", kv_cache_dtype="fp8")}, "model.kv_cache_dtype: None in the output, 'fp8' now"),
     ],
 )
 def test_a_different_job_is_refused_naming_the_difference(
@@ -65,8 +66,8 @@ def test_a_different_job_is_refused_naming_the_difference(
         assert len(str(caught.value).splitlines()) - 2 <= 6  # only what differs
 
 
-def test_an_output_from_before_there_were_fast_images_goes_on(job: Job) -> None:
-    assert "image.fast" not in fingerprint(job)
+def test_an_output_from_before_there_were_these_options_goes_on(job: Job) -> None:
+    assert not {"image.fast", "model.kv_cache_dtype"} & set(fingerprint(job))
 
 
 def test_how_a_job_runs_may_change(destination: Location, job: Job) -> None:
