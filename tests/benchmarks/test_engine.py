@@ -19,7 +19,7 @@ from measuring.limits import Load, Rates, limit_seconds, tile_flops
 
 def test_engine_runs(tmp_path: Path) -> None:
     plot = tmp_path / "engine.png"
-    report = smoke_report("engine.py", "--tiles", "5", "--plot", str(plot), timeout_s=120, OMP_NUM_THREADS="1")
+    report = smoke_report("engine.py", "--tiles", "5", "--plot", str(plot), timeout_s=450, OMP_NUM_THREADS="1")
     assert [each["batch"] for each in report["batches"]] == [1, 2]
     for each in report["batches"]:
         assert each["ratio"] == pytest.approx(each["ours"] / each["peer"], abs=1e-3)

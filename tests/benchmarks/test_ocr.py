@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def run(**environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "benchmarks/ocr.py", "--smoke"]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=550)
 
 
 @pytest.mark.skipif(shutil.which("tesseract") is None, reason="needs the program tesseract (Debian: tesseract-ocr)")

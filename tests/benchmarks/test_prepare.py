@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_prepare_runs() -> None:
     command = [sys.executable, "benchmarks/prepare.py", "--smoke", "--repeats", "2"]
-    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=450)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["ratio"] == report["ours"] / report["peer"]

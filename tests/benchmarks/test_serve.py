@@ -4,9 +4,9 @@ import pytest
 from smoke import smoke_report
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_serve_runs() -> None:
-    report = smoke_report("serve.py", timeout_s=380, RAY_AUTH_MODE="disabled", OMP_NUM_THREADS="1")
+    report = smoke_report("serve.py", timeout_s=580, RAY_AUTH_MODE="disabled", OMP_NUM_THREADS="1")
     assert report["ratio"] == pytest.approx(report["ours"] / report["peer"], abs=1e-2)
     ours = report["details"]["ours"]
     assert 0 < ours["overhead_ms"]["gateway_50"] < ours["overhead_ms"]["total_50"]

@@ -6,7 +6,7 @@ from smoke import ROOT, smoke_report
 
 def test_both_train_the_same_model_on_the_same_batches() -> None:
     report = smoke_report(
-        "training.py", "jobs/examples/train_overfit.yaml", timeout_s=280, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"
+        "training.py", "jobs/examples/train_overfit.yaml", timeout_s=560, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"
     )
     ours, theirs = (report["details"][name] for name in ("ours", "transformers"))
     # Before a step, and after one with the same gradient and optimizer.
