@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from smolvlm.cpu.build import native_library
+from smolvlm.cpu.build import declared, native_library
 from smolvlm.precision import E4M3
 
 HEAD_DIM = 64  # of all published sizes in the text model, of 256M and 500M in the encoder
@@ -80,18 +80,15 @@ def encoder_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
 @cache
 def _decode_library() -> ctypes._NamedFuncPointer | None:
     library = native_library("attention")
-    return None if library is None else _declared(library.paged_decode, ctypes.c_void_p, ctypes.c_bool, ctypes.c_bool)
+    if library is None:
+        return None
+    return declared(library.paged_decode, ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_bool)
 
 
 @cache
 def _dense_library() -> ctypes._NamedFuncPointer | None:
     """None too where the processor has no such instructions."""
     library = native_library("attention")
-    if library is None or not _declared(library.has_dense_attention)():
+    if library is None or not declared(library.has_dense_attention, ctypes.c_bool)():
         return None
-    return _declared(library.dense_attention, ctypes.c_void_p)
-
-
-def _declared(function: ctypes._NamedFuncPointer, *arguments: type) -> ctypes._NamedFuncPointer:
-    function.argtypes, function.restype = arguments, ctypes.c_bool
-    return function
+    return declared(library.dense_attention, ctypes.c_bool, ctypes.c_void_p)

@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-Wno-psabi")
@@ -42,6 +43,14 @@ def native_library(name: str) -> ctypes.CDLL | None:
     except NoNativeCode as reason:
         logger.warning("%s runs without native code, several times slower: %s", name, reason)
         return None
+
+
+def declared(
+    function: ctypes._NamedFuncPointer, result: type[ctypes._SimpleCData[Any]] | None, *arguments: type
+) -> ctypes._NamedFuncPointer:
+    """A library's function, told the C types of its result and its arguments."""
+    function.argtypes, function.restype = arguments, result
+    return function
 
 
 def compiler() -> str:
@@ -94,10 +103,16 @@ def _build(source: Path, cxx: str, flags: tuple[str, ...], target: Path) -> None
 
 
 def _fingerprint(source: Path, cxx: str, flags: tuple[str, ...]) -> str:
-    """Digest of what the library depends on; the predefined macros tell the compiler's version and the processor."""
-    macros = _run([cxx, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+    """Digest of what the library depends on."""
     headers = [header.read_bytes() for header in sorted(SOURCES.glob("*.h"))]
-    return hashlib.sha256(b"".join([source.read_bytes(), *headers, macros])).hexdigest()[:24]
+    parts = [source.read_bytes(), *headers, " ".join(flags).encode(), _macros(cxx)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:24]
+
+
+@cache
+def _macros(cxx: str) -> bytes:
+    """What the compiler predefines: its version, and the features of the processor."""
+    return _run([cxx, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
 
 
 def _run(command: list[str]) -> bytes:

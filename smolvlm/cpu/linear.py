@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smolvlm.cpu.build import native_library
+from smolvlm.cpu.build import declared, native_library
 
 BLOCK = 64  # outputs that are finished together
 VECTOR = 16  # sizes are multiples of it
@@ -139,9 +139,7 @@ def has_int8() -> bool:
 def _function(name: str) -> ctypes._NamedFuncPointer:
     library = native_library("layers")
     assert library is not None, "who packs has asked has_int8"
-    function: ctypes._NamedFuncPointer = getattr(library, name)
-    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_bool), None
-    return function
+    return declared(getattr(library, name), None, ctypes.c_void_p, ctypes.c_bool)
 
 
 def _packed(integers: Tensor) -> Tensor:

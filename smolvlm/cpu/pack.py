@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from smolvlm.cpu.build import native_library
+from smolvlm.cpu.build import declared, native_library
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -31,6 +31,4 @@ def _native() -> ctypes._NamedFuncPointer | None:
     if library is None:
         return None
     integer, stride, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    library.pack.argtypes = (pointer, stride, stride, integer, integer, integer, pointer)
-    library.pack.restype = None
-    return library.pack
+    return declared(library.pack, None, pointer, stride, stride, integer, integer, integer, pointer)

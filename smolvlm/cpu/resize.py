@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from smolvlm.cpu.build import native_library
+from smolvlm.cpu.build import declared, native_library
 
 UInt8 = npt.NDArray[np.uint8]
 Box = tuple[float, float, float, float]
@@ -46,6 +46,5 @@ def _native() -> ctypes._NamedFuncPointer | None:
     if library is None:
         return None
     integer, pointer, position = ctypes.c_int, ctypes.c_void_p, ctypes.c_float
-    library.resize.argtypes = (pointer, integer, integer, integer, pointer, integer, integer, *[position] * 4)
-    library.resize.restype = ctypes.c_bool
-    return library.resize
+    sizes = pointer, integer, integer
+    return declared(library.resize, ctypes.c_bool, *sizes, integer, *sizes, *[position] * 4)
