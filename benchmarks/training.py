@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jobs import documents
 from jobs.training_file import parse
-from smolvlm.precision import dtype_named
+from smolvlm.precision import dtype_named, name_of
 from smolvlm.training.batches import WINDOW_STEPS, Window, collate
 from smolvlm.training.documents import DocumentGenerator
 from smolvlm.training.examples import NO_TARGET, DrawDocument, Example, ExampleMaker
@@ -233,7 +233,7 @@ def report(sides: list[Side], plan: TrainingPlan, peaks: list[float], flops: flo
         "parameters": sum(parameter.numel() for parameter in _parameters(plan)),
         "setting": {
             "batch_size": stage.batch_size,
-            "precision": str(_dtype(plan)).removeprefix("torch."),
+            "precision": name_of(_dtype(plan)),
             "device": plan.device,
         },
         "hardware": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},

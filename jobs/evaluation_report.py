@@ -107,9 +107,9 @@ def _computed_dtype(settings: Settings) -> str:
     """What `auto` was on this device."""
     import torch
 
-    from smolvlm.precision import dtype_named
+    from smolvlm.precision import dtype_named, name_of
 
-    return str(dtype_named(settings.dtype, torch.device(settings.device))).removeprefix("torch.")
+    return name_of(dtype_named(settings.dtype, torch.device(settings.device)))
 
 
 def _file_digests(settings: Settings) -> dict[str, str]:

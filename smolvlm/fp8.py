@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import ScalingType
 
-from smolvlm.precision import FP8_NEEDS, LARGEST_E4M3, has_fp8, to_e4m3
+from smolvlm.precision import FP8_NEEDS, LARGEST_E4M3, has_fp8, name_of, to_e4m3
 from smolvlm.vision import VisionLayer
 
 ALIGNMENT = 16  # sizes of products are multiples of it
@@ -49,9 +49,10 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Raise ValueError unless this device multiplies 8-bit floats, with results in `dtype`."""
     if not has_fp8(device):
         raise ValueError(f"quantization is 'fp8' and device {str(device)!r}; {FP8_NEEDS}: leave it out here")
-    if dtype != torch.bfloat16 and (device.type == "cuda" or dtype != torch.float32):
-        name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"quantization is 'fp8' and dtype {name!r}; on {device} it goes with {_dtypes(device)}")
+    taken = (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16)
+    if dtype not in taken:
+        names = " or ".join(map(name_of, taken))
+        raise ValueError(f"quantization is 'fp8' and dtype {name_of(dtype)!r}; on {device} it goes with {names}")
 
 
 def quantize_encoder(model: nn.Module) -> None:
@@ -69,7 +70,3 @@ def quantize_encoder(model: nn.Module) -> None:
             for name, child in list(part.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(part, name, Fp8Linear(child))
-
-
-def _dtypes(device: torch.device) -> str:
-    return "bfloat16" if device.type == "cuda" else "float32 or bfloat16"

@@ -162,14 +162,12 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits(), needed: Neede
         raise
     except Image.DecompressionBombError as error:
         raise ImageError("too_many_pixels", f"{kind} image: {error}") from None
+    except UnidentifiedImageError as error:  # its message is where in memory the bytes were
+        raise ImageError("decode_failed", f"damaged {kind} image: no readable header") from error
     except Exception as error:  # Pillow's plugins raise nearly every type there is on damaged files
         if isinstance(error, OSError) and "truncated" in str(error):
             raise ImageError("truncated", f"the data of the {kind} image ends early: {error}") from None
-        # What Pillow says of a header that it cannot read is where in memory the bytes were.
-        reason = (
-            "no readable header" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
-        )
-        raise ImageError("decode_failed", f"damaged {kind} image: {reason}") from error
+        raise ImageError("decode_failed", f"damaged {kind} image: {type(error).__name__}: {error}") from error
 
 
 def _admit(data: bytes, limits: ImageLimits) -> str:

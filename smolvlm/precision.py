@@ -29,6 +29,11 @@ def dtype_named(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype, without its module."""
+    return str(dtype).removeprefix("torch.")
+
+
 def cache_dtype_named(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of cached keys and values: `auto` is `dtype`, the one that the model computes in; `fp8` is e4m3.
 

@@ -13,6 +13,7 @@ from smolvlm.attention import Attention
 from smolvlm.cpu.attention import DTYPES
 from smolvlm.cpu.linear import BLOCK, VECTOR, Int8Linear, NativeNorm, has_int8, interleaved, product, tail
 from smolvlm.dense_attention import dense_attention
+from smolvlm.precision import name_of
 from smolvlm.text import TextLayer
 from smolvlm.vision import VisionLayer
 
@@ -58,8 +59,9 @@ class Int8TextLayer(nn.Module):
 def check_int8(device: torch.device, dtype: torch.dtype) -> None:
     """Raise ValueError unless this device and processor can run it with hidden states of `dtype`."""
     if device.type != "cpu" or dtype not in DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"quantization 'int8' runs on a CPU in float32 or bfloat16, not on {device} in {name}")
+        raise ValueError(
+            f"quantization 'int8' runs on a CPU in float32 or bfloat16, not on {device} in {name_of(dtype)}"
+        )
     if not has_int8():
         raise ValueError("quantization 'int8' needs a C++ compiler (g++) and a processor with AVX2; leave it out here")
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from smolvlm.kernels.e4m3_triton import to_e4m3
+from smolvlm.kernels.e4m3_triton import LARGEST, to_e4m3
 
 LOWEST = tl.constexpr(-3.0e38)  # finite: the difference of two infinities would be NaN
 SMALLEST = tl.constexpr(1.1754943508222875e-38)  # float32's smallest normal number
@@ -120,6 +120,6 @@ def quantize_kernel(values_ptr, out_ptr, scales_ptr, SIZE: tl.constexpr, BLOCK: 
     inside = columns < SIZE
     row = tl.program_id(0).to(tl.int64)
     values = tl.load(values_ptr + row * SIZE + columns, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(values), axis=0) / 448.0, SMALLEST)
+    scale = tl.maximum(tl.max(tl.abs(values), axis=0) / LARGEST, SMALLEST)
     tl.store(scales_ptr + row, scale)
     tl.store(out_ptr + row * SIZE + columns, to_e4m3(values / scale), mask=inside)
