@@ -1,8 +1,12 @@
 """A drain in a real graph: what workers have begun comes out, the rest is not even cut into blocks."""
 
+import time
 from typing import Any
 
+import pytest
 import ray
+from ray.data._internal.execution import streaming_executor
+from ray.data._internal.execution.metadata_fetcher import ThreadedMetadataFetcher
 
 from pipeline.control import Control
 from pipeline.execute import _data_context, _pool
@@ -25,11 +29,20 @@ class Worker:
         return block
 
 
-def test_a_drain_ends_the_reading(ray_cluster: str) -> None:
+def fetch_slowly(refs: Any, timeout: float | None = None) -> Any:
+    time.sleep(0.3)
+    return ray.get(refs, timeout=timeout)
+
+
+@pytest.mark.parametrize("read_tasks", [2, 500])
+def test_a_drain_ends_the_reading(ray_cluster: str, monkeypatch: pytest.MonkeyPatch, read_tasks: int) -> None:
+    """With many short tasks and slow descriptions of blocks, some tasks' ends are on their way when the drain comes."""
+    fetcher = ThreadedMetadataFetcher(get_objects=fetch_slowly)
+    monkeypatch.setattr(streaming_executor, "make_metadata_fetcher", lambda: fetcher)
     control = Control.create()
     with _data_context(control):
         worked = (
-            ray.data.range(BLOCKS, override_num_blocks=2)
+            ray.data.range(BLOCKS, override_num_blocks=read_tasks)
             .repartition(target_num_rows_per_block=1)
             .map_batches(
                 Worker, fn_constructor_args=(control,), compute=_pool((1, 1), 1), num_cpus=0.25, batch_size=None
