@@ -45,7 +45,7 @@ constexpr int WORD = 4, REGISTERS = 4, ROWS = 6;  // inputs multiplied at once; 
 
 static inline Register weights(const int8_t* from) { return _mm512_loadu_si512(from); }
 static inline Register broadcast(int word) { return _mm512_set1_epi32(word); }
-static inline Register add_products(Register sums, Register row, Register columns) {
+static inline Register products_added(Register sums, Register row, Register columns) {
   return _mm512_dpbusd_epi32(sums, row, columns);
 }
 
@@ -59,17 +59,15 @@ static inline Register weights(const int8_t* from) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
 }
 static inline Register broadcast(int word) { return _mm256_set1_epi32(word); }
-static inline Register add_products(Register sums, Register row, Register columns) {
-  sums = _mm256_add_epi32(sums, _mm256_madd_epi16(row, columns));
-  asm volatile("" : "+x"(sums));  // keeps the order: g++ brings loads forward until registers run out
-  return sums;
+static inline Register products_added(Register sums, Register row, Register columns) {
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(row, columns));
 }
 
 #endif
 #if defined(__AVX512VNNI__) || defined(__AVX2__)
 
 constexpr int LANES_EACH = sizeof(Register) / 4, TILE = REGISTERS * LANES_EACH, BLOCK = 64, VECS = BLOCK / WIDTH;
-constexpr int CHUNK = 16 * ROWS;  // rows that stay in cache while a block of columns is multiplied
+constexpr int CHUNK_BYTES = 1 << 18;  // of rows that stay in cache while one block of columns after another is multiplied
 
 // Rows as the products read them.
 struct Rows {
@@ -101,6 +99,13 @@ static inline Vec sigmoid(Vec x) {
 
 // tanh-GELU: x * (1 + tanh(u)) / 2 = x * sigmoid(2u)
 static inline Vec gelu(Vec x) { return x * sigmoid(x * (1.5957691216f + 0.0713548162726f * x * x)); }
+
+// Keeps the order: g++ brings loads forward, or reads columns again, until registers run out; that takes 2.6 times as long.
+static inline Register add_products(Register sums, Register row, Register columns) {
+  sums = products_added(sums, row, columns);
+  __asm__("" : "+v"(sums));
+  return sums;
+}
 
 // c [R, TILE of 64] = a [R, inputs] · b [inputs / WORD, TILE, WORD]
 template <int R>
@@ -181,11 +186,12 @@ struct Finishing {
 // Shared out among the threads of the region that calls it, which meet at its end.
 template <class T>
 static void multiply_all(const Linear& linear, const Rows& from, int64_t rows, const Finishing<T>& finish) {
-  const int64_t blocks = (linear.outputs + BLOCK - 1) / BLOCK, chunks = (rows + CHUNK - 1) / CHUNK;
+  const int64_t chunk = std::max<int64_t>(1, CHUNK_BYTES / (linear.inputs * sizeof(Input) * ROWS)) * ROWS;
+  const int64_t blocks = (linear.outputs + BLOCK - 1) / BLOCK, chunks = (rows + chunk - 1) / chunk;
 #pragma omp for schedule(dynamic)
   for (int64_t item = 0; item < chunks * blocks; item++) {
-    const int64_t first = item % blocks * BLOCK, begin = item / blocks * CHUNK;
-    const int64_t end = std::min<int64_t>(begin + CHUNK, rows);
+    const int64_t first = item % blocks * BLOCK, begin = item / blocks * chunk;
+    const int64_t end = std::min<int64_t>(begin + chunk, rows);
     for (int64_t t = begin; t < end; t += ROWS) {
       int32_t sums[ROWS * BLOCK];
       const int count = std::min<int64_t>(ROWS, end - t);

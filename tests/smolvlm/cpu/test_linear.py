@@ -119,6 +119,7 @@ EMULATED = """
 #include <immintrin.h>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 using Words = int32_t __attribute__((vector_size(64)));
 static inline Words emulated_load(const void* from) { Words all; std::memcpy(&all, from, 64); return all; }
 static inline Words emulated_products(Words sums, Words bytes, Words signed_bytes) {
@@ -132,6 +133,7 @@ static inline Words emulated_products(Words sums, Words bytes, Words signed_byte
 #define _mm512_loadu_si512 emulated_load
 #define _mm512_set1_epi32(word) (Words{} + (word))
 #define _mm512_dpbusd_epi32 emulated_products
+#define __asm__(...)
 """
 
 
