@@ -8,6 +8,9 @@ the last line, into one JSON object, beside what the device could do at best (me
 top of the object are those of the last batch size. The first token is that of one image alone. On a GPU a phase is
 timed in a run that waits for its end, and the whole in one that does not: `overlap` is the share of the phases' time
 that the second saves, by vision beside decode and by a host that runs ahead.
+
+`--quantization int8` is of ours alone: the peer computes in `--dtype`. `--context` puts so many words before the
+question, so that decoding has more to look back on.
 """
 
 from __future__ import annotations
@@ -24,22 +27,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from measuring.hardware import provenance
+from measuring.inputs import make_inputs
 from measuring.limits import Load, Rates, limit_seconds, measure_rates
 from measuring.plot import draw
 from measuring.timing import now
 
-from smolvlm import Engine, Processor, SamplingParams
+from smolvlm import Engine, SamplingParams
 from smolvlm.config import ModelConfig
 from smolvlm.engine.runner import Runner
-from smolvlm.image import Tiles
 from smolvlm.processor import ModelInput
 from smolvlm.scratch import SIZES, create_checkpoint
 
 PHASES = ("vision", "prefill", "decode")
-MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe this image."}]}]
 
 
 class Clock:
@@ -103,6 +104,7 @@ def ours(checkpoint: Path, inputs: list[ModelInput], args: argparse.Namespace) -
         args.dtype,
         max_num_sequences=len(inputs),
         tile_batch=args.tile_batch,
+        quantization=args.quantization,
         prefix_caching=False,  # runs repeat their prompts
     )
     device = engine.runner.device
@@ -179,31 +181,6 @@ def _watch(model: Any, clock: Clock) -> None:
     model.lm_head.register_forward_hook(stop("prefill"))
 
 
-def make_inputs(checkpoint: Path, num_tiles: int, batch: int) -> list[ModelInput]:
-    """Prompts over images of noise, each with `num_tiles` tiles in a grid as square as possible."""
-    processor = Processor.from_pretrained(checkpoint)
-    rows, cols = grid_of(num_tiles)
-    side = processor.config.image.tile_size
-    rng = np.random.default_rng(0)
-    shape = (num_tiles, side, side, 3)
-    images = [Tiles(rng.integers(0, 256, shape, dtype=np.uint8), rows, cols) for _ in range(batch)]
-    return [processor.from_tiles(MESSAGES, [image]) for image in images]
-
-
-def grid_of(num_tiles: int) -> tuple[int, int]:
-    """Rows and columns of an image with this many tiles, the global one included.
-
-    Raises:
-        ValueError: no grid of at most 6 × 6 has so many.
-    """
-    if num_tiles == 1:
-        return 0, 0
-    grids = [(rows, cols) for rows in range(1, 7) for cols in range(rows, 7) if rows * cols + 1 == num_tiles]
-    if not grids:
-        raise ValueError(f"--tiles is {num_tiles}; it must be 1, or rows × columns + 1 with both at most 6, such as 13")
-    return grids[-1]
-
-
 def summary(side: Side, load: Load) -> dict[str, Any]:
     """Medians over the runs: images/s with its spread, the rate of each phase, and the first token of one image."""
     rates = [load.batch / run.total_s for run in side.runs]
@@ -262,7 +239,7 @@ def report(batches: list[dict[str, Any]], args: argparse.Namespace, prompt_token
         **batches[-1],
         "peer_name": None if args.peer == "none" else args.peer,
         "batches": batches,
-        "rates": {"flops_per_s": rates.flops, "bytes_per_s": rates.bytes},
+        "rates": {"blocks_per_s": rates.blocks, "flops_per_s": rates.flops, "bytes_per_s": rates.bytes},
         "setting": {**vars(args), "prompt_tokens": prompt_tokens},
         **provenance(torch.device(args.device), "torch", "transformers"),
     }
@@ -284,6 +261,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="tokens generated per image")
     parser.add_argument("--batch", type=int, nargs="+", default=[8], help="images generated together; several: in turn")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--quantization", default=None, choices=["int8", "fp8"], help="of our engine's weights")
+    parser.add_argument("--layers", type=int, default=None, help="of encoder and decoder each; default: all")
+    parser.add_argument("--context", type=int, default=0, help="words put before the question")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
     parser.add_argument("--tile-batch", type=int, default=None, help="tiles per encoder batch; default: the engine's")
@@ -292,18 +272,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny model, tiny load: shows that it runs")
     args = parser.parse_args(argv)
     if args.smoke:
-        args.size, args.tokens, args.batch, args.repeats, args.threads = "tiny", 4, [1, 2], 2, 1
+        args.tokens, args.batch, args.repeats, args.threads = 4, [1, 2], 2, 1
+        args.size, args.layers = ("256m", 1) if args.quantization else ("tiny", None)  # tiny's heads are too small
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
-    rates = measure_rates(torch.device(args.device), dtype, 64 if args.smoke else 2048)
+    dtype, in_int8 = getattr(torch, args.dtype), args.quantization == "int8"
+    rates = measure_rates(torch.device(args.device), dtype, 64 if args.smoke else 2048, in_int8)
     with tempfile.TemporaryDirectory() as directory:
-        checkpoint = create_checkpoint(Path(directory) / args.size, args.size, dtype=args.dtype)
-        inputs = make_inputs(checkpoint, args.tiles, max(args.batch))
+        checkpoint = create_checkpoint(
+            Path(directory) / args.size,
+            args.size,
+            num_text_layers=args.layers,
+            num_vision_layers=args.layers,
+            dtype=args.dtype,
+        )
+        inputs = make_inputs(checkpoint, args.tiles, max(args.batch), args.context)
         sides = [ours(checkpoint, inputs, args)]
         if args.peer != "none":
             sides.append(peer(checkpoint, inputs, args))
@@ -313,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
         for batch in args.batch:
             load = Load(batch, args.tiles, prompt_tokens, args.tokens)
             measure(sides, load, args.repeats)
-            batches.append(compare(sides, load, limit_seconds(config, load, dtype, rates)))
+            batches.append(compare(sides, load, limit_seconds(config, load, dtype, rates, in_int8)))
     if args.plot:
         title = f"SmolVLM-{args.size}, {args.tiles} tiles, {args.tokens} tokens, {args.dtype}"
         draw(batches, title, Path(args.plot))

@@ -43,7 +43,7 @@ class Model:
     id: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What engines compute in; `auto` is bfloat16 where their hardware multiplies it, else float32."""
+    """What engines compute in; `auto` is bfloat16 where their hardware is fast at it, else float32."""
     quantization: Literal["int8", "fp8"] | None = None
     """`int8` rounds the weights of all blocks to 8-bit integers: faster on CPUs without bfloat16 tiles (AMX), slightly
     less exact. It needs a CPU with AVX2 and a C++ compiler where the engine runs. `fp8` rounds weights and inputs of

@@ -97,7 +97,7 @@ class Engine:
         Args:
             path: directory, or hub id together with `revision`.
             device: "cpu", "cuda" or "cuda:N". Threads on a CPU are the caller's choice (torch.set_num_threads).
-            dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the device multiplies it in hardware,
+            dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the device is fast at it,
                 else float32.
             max_num_sequences: answers generated together, default 16 on a CPU, 256 elsewhere; 16 or 128 more if online.
             max_num_tokens: prompt tokens per prefill; default 2,048 on a CPU, 16,384 elsewhere.

@@ -122,7 +122,7 @@ class TrainingPlan:
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluation: Evaluation | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward pass; `auto` is bfloat16 where the device multiplies it in hardware, else float32."""
+    """Of the forward pass; `auto` is bfloat16 where the device is fast at it, else float32."""
     device: Literal["cpu", "cuda"] = "cpu"
     processes: Annotated[int, Gt(0)] = 1
     checkpoint_activations: bool = False

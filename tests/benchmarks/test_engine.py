@@ -14,7 +14,7 @@ from smolvlm.scratch import create_checkpoint
 
 sys.path.append(str(ROOT / "benchmarks"))  # last: a file there is named like the package `pipeline`
 
-from measuring.limits import Load, Rates, limit_seconds, tile_flops
+from measuring.limits import Load, Rates, limit_seconds, tile_work
 
 
 def test_engine_runs(tmp_path: Path) -> None:
@@ -40,10 +40,21 @@ def test_the_limits_are_those_of_the_architecture(tmp_path: Path) -> None:
     small = create_checkpoint(tmp_path / "256m", "256m", num_text_layers=1, num_vision_layers=1, dtype="bfloat16")
     config = ModelConfig.from_pretrained(small)
     config = replace(config, text=replace(config.text, num_layers=30), vision=replace(config.vision, num_layers=12))
-    assert tile_flops(config) == pytest.approx(215e9, rel=0.02)
-    slow = Rates(flops=1e30, bytes=1e9)
+    tile = tile_work(config)
+    assert tile.blocks + tile.others == pytest.approx(215e9, rel=0.02)
+    assert tile.blocks == 2 * 1024 * 12 * 12 * 768**2
+    slow = Rates(blocks=1e30, flops=1e30, bytes=1e9)
     short, long = (
         limit_seconds(config, Load(16, 1, prompt, 2), torch.bfloat16, slow)["decode"] for prompt in (100, 1100)
     )
     assert long - short == pytest.approx(16 * 1000 * 23040 / 1e9)
     assert short - 16 * 100.5 * 23040 / 1e9 == pytest.approx(0.27, rel=0.02)  # the text model and its head, read once
+    prompt, rounded = Load(16, 1, 100, 2), {"in_int8": True}
+    quick, apart = (limit_seconds(config, prompt, torch.bfloat16, slow, **each)["decode"] for each in ({}, rounded))
+    assert quick - apart == pytest.approx(106.2e6 / 1e9, rel=0.01)  # the weights of the blocks take half
+
+
+def test_8_bit_weights_have_a_limit_of_their_own() -> None:
+    report = smoke_report("engine.py", "--quantization", "int8", timeout_s=450, OMP_NUM_THREADS="1")
+    assert report["setting"]["quantization"] == "int8"
+    assert report["rates"]["blocks_per_s"] != report["rates"]["flops_per_s"]

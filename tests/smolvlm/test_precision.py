@@ -3,10 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from smolvlm.precision import E4M3, cache_dtype_named, dtype_named, multiplies_bfloat16, to_e4m3
+from smolvlm.precision import CPU_INFO, E4M3, cache_dtype_named, dtype_named, multiplies_bfloat16, to_e4m3
 
 CPU = torch.device("cpu")
-CPU_FLAGS = Path("/proc/cpuinfo")
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
@@ -19,18 +18,32 @@ def test_auto_is_bfloat16_on_a_gpu() -> None:
     assert dtype_named("auto", torch.device("cuda")) == torch.bfloat16
 
 
-@pytest.mark.parametrize(("found", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_follows_what_the_cpu_has(found: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("maker", "vectors", "tiles", "expected"),
+    [
+        ("AuthenticAMD", False, False, torch.float32),
+        ("AuthenticAMD", True, False, torch.bfloat16),
+        ("GenuineIntel", True, False, torch.float32),
+        ("GenuineIntel", True, True, torch.bfloat16),
+    ],
+)
+def test_auto_follows_what_the_cpu_does_fast(
+    maker: str, vectors: bool, tiles: bool, expected: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+    monkeypatch.setattr("smolvlm.precision.CPU_INFO", info)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: found)
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: vectors)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: tiles)
     assert dtype_named("auto", CPU) == expected
 
 
-@pytest.mark.skipif(not CPU_FLAGS.exists(), reason="needs /proc/cpuinfo, which tells what the CPU has")
+@pytest.mark.skipif(not CPU_INFO.exists(), reason="needs /proc/cpuinfo, which tells what the CPU has")
 def test_what_the_cpu_has_is_what_the_kernel_says() -> None:
-    flags = set(CPU_FLAGS.read_text().split())
-    assert multiplies_bfloat16(CPU) == bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    found = set(CPU_INFO.read_text().split())
+    wanted = {"amx_bf16", "bf16"} | (set() if "GenuineIntel" in found else {"avx512_bf16"})
+    assert multiplies_bfloat16(CPU) == bool(found & wanted)
 
 
 def test_a_cache_holds_what_is_computed_or_8_bit_floats() -> None:
