@@ -302,7 +302,8 @@ def main(argv: list[str] | None = None) -> None:
             measure(sides, load, args.repeats)
             batches.append(compare(sides, load, limit_seconds(config, load, dtype, rates, in_int8)))
     if args.plot:
-        title = f"SmolVLM-{args.size}, {args.tiles} tiles, {args.tokens} tokens, {args.dtype}"
+        numbers = args.dtype + (f", ours {args.quantization}" if args.quantization else "")
+        title = f"SmolVLM-{args.size}, tiles: {args.tiles}, tokens: {args.tokens}, {numbers}"
         draw(batches, title, Path(args.plot))
     print(json.dumps(report(batches, args, prompt_tokens, rates)))
 
