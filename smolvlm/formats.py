@@ -127,7 +127,7 @@ def _jpeg(data: bytes) -> bool | None:
         else:
             position += 2 + int(struct.unpack_from(">H", data, position + 2)[0])
             if marker == 0xDA:
-                return data.find(b"\xff\xd9", position) >= 0
+                return data.rfind(b"\xff\xd9", position) >= 0  # where most files have it
     return None
 
 

@@ -27,7 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from smolvlm.config import ImageConfig
 from smolvlm.cpu.resize import Box, lanczos
 from smolvlm.formats import ALLOWED, is_truncated, sniff
-from smolvlm.jpeg import Needed, Size, jpeg_pixels, reduce_jpeg, upright
+from smolvlm.jpeg import Needed, Size, jpeg_pixels, plain_pixels, reduce_jpeg, upright
 from smolvlm.rgb import to_rgb
 from smolvlm.tiling import first_size, largest_edge, whole_tiles
 
@@ -156,6 +156,9 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits(), needed: Neede
     """
     kind = _admit(data, limits)
     try:
+        pixels = plain_pixels(data, limits.max_pixels) if kind == "JPEG" and needed is None else None
+        if pixels is not None:
+            return _whole(pixels, kind)
         with quiet_pillow():
             return _decode(data, kind, limits, needed)
     except ImageError:
@@ -196,7 +199,10 @@ def _decode(data: bytes, kind: str, limits: ImageLimits, needed: Needed | None) 
     if needed is not None and kind == "JPEG":
         size, box = reduce_jpeg(image, needed, _orientation(image))
         return DecodedImage(_upright_pixels(image, data, kind), kind, *size, box)
-    pixels = _upright_pixels(image, data, kind)
+    return _whole(_upright_pixels(image, data, kind), kind)
+
+
+def _whole(pixels: UInt8, kind: str) -> DecodedImage:
     height, width, _ = pixels.shape
     return DecodedImage(pixels, kind, width, height, box=(0, 0, width, height))
 
@@ -265,7 +271,7 @@ def _one_band_if_grey(pixels: UInt8) -> UInt8:
 
 
 def _is_grey(pixels: UInt8) -> bool:
-    return all(np.array_equal(pixels[..., 0], pixels[..., band]) for band in range(1, pixels.shape[2]))
+    return all((pixels[..., 0] == pixels[..., band]).all() for band in range(1, pixels.shape[2]))
 
 
 def _as_array(image: Image.Image) -> UInt8:
@@ -288,7 +294,7 @@ def _single(pixels: UInt8) -> Tiles:
     """The tile is the pixels themselves where they are nobody else's."""
     if pixels.shape[2] == 1:
         pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
-    return Tiles(np.require(pixels, requirements=["C", "W"])[None], rows=0, cols=0)
+    return Tiles((pixels if pixels.flags.carray else pixels.copy())[None], rows=0, cols=0)
 
 
 def _cut(pixels: UInt8, whole: UInt8) -> Tiles:

@@ -11,7 +11,7 @@ from PIL import Image
 
 import smolvlm.image
 from smolvlm.image import DecodedImage, ImageError, decode_image
-from smolvlm.jpeg import jpeg_pixels
+from smolvlm.jpeg import jpeg_pixels, plain_pixels
 
 
 def picture(mode: str, width: int, height: int) -> Image.Image:
@@ -60,6 +60,32 @@ def test_what_else_encoders_write(options: dict[str, Any]) -> None:
     np.testing.assert_array_equal(jpeg_pixels(data, opened(data)), np.asarray(opened(data)))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 3}])
+def test_plain_files_need_no_pillow(mode: str, options: dict[str, Any]) -> None:
+    data = jpeg(mode, **options)
+    np.testing.assert_array_equal(plain_pixels(data, 67 * 45), jpeg_pixels(data, opened(data)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        jpeg(exif=b"Exif\0\0nonsense"),
+        jpeg(icc_profile=b"profile"),
+        jpeg(comment=b"seen"),
+        jpeg("CMYK"),
+        jpeg(width=68),
+        jpeg()[:-1],
+        jpeg()[:300] + jpeg()[-2:],
+        jpeg()[:20],
+        b"\xff\xd8\xff",
+    ],
+    ids=["exif", "profile", "comment", "four colours", "too many pixels", "cut", "no scan", "head", "magic"],
+)
+def test_where_there_is_more_to_know_pillow_is_asked(data: bytes) -> None:
+    assert plain_pixels(data, 67 * 45) is None
+
+
 def test_four_colours_and_drafts_are_left_to_pillow() -> None:
     inks = jpeg("CMYK")
     assert jpeg_pixels(inks, opened(inks)) is None
@@ -86,7 +112,8 @@ def test_damage_has_the_outcome_that_it_has_with_pillow(data: st.DataObject) -> 
         damaged[data.draw(st.integers(2, len(damaged) - 3))] = data.draw(st.integers(0, 255))
     ours = outcome(bytes(damaged))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(smolvlm.image, "jpeg_pixels", lambda data, image: None)
+        for past_pillow in ("plain_pixels", "jpeg_pixels"):
+            patch.setattr(smolvlm.image, past_pillow, lambda *_: None)
         theirs = outcome(bytes(damaged))
     if isinstance(ours, DecodedImage) and isinstance(theirs, DecodedImage):
         np.testing.assert_array_equal(ours.pixels, theirs.pixels)
