@@ -1,11 +1,11 @@
 """The process that touches untrusted image bytes: it reads images from stdin and writes tiles into shared memory.
 
 It may crash, hang or run out of memory; `pipeline.decoder` notices and starts another. Run as
-`python -m pipeline.decode_process '<json of DecoderOptions>' <shared memory file descriptor>`.
+`python -m pipeline.decode_process '<json of DecoderOptions>' <shared memory file descriptors>…`.
 
-Protocol. In: length (8 bytes, big-endian) and that many bytes of image. Length 2**63 + n begins a new batch, whose
-tiles go to the start of the shared memory again; n bytes of JSON follow, the batch's own ImagePolicy (n = 0: the
-options'). Out: `ready`, then one JSON line per image; its tiles are the next `num_bytes` of the shared memory.
+Protocol. In: length (8 bytes, big-endian) and that many bytes of image. Length 2**63 + n begins a new batch; n bytes of
+JSON follow: `memory`, which of the shared memories its tiles go to, from the start; `policy`, its own ImagePolicy
+(null: the options'). Out: `ready`, then one JSON line per image; its tiles are the next `num_bytes` of the memory.
 """
 
 import hashlib
@@ -38,6 +38,8 @@ class DecoderOptions:
     limits: ImageLimits
     timeout_s: float
     memory_bytes: int
+    with_sha256: bool = True
+    """Whether answers tell what a file hashes to."""
 
     def to_json(self) -> str:
         """Return the command-line form."""
@@ -56,14 +58,21 @@ class DecoderOptions:
             ImageLimits(**content["limits"]),
             content["timeout_s"],
             content["memory_bytes"],
+            content["with_sha256"],
         )
 
 
 @lru_cache  # an endpoint's requests ask for the same few
-def batch_header(policy: ImagePolicy | None) -> bytes:
+def batch_header(policy: ImagePolicy | None, memory: int = 0) -> bytes:
     """Return what begins a batch."""
-    text = b"" if policy is None else json.dumps(asdict(policy)).encode()
+    text = json.dumps({"memory": memory, "policy": policy and asdict(policy)}).encode()
     return LENGTH.pack(NEW_BATCH + len(text)) + text
+
+
+@lru_cache
+def _read_header(text: bytes) -> tuple[int, ImagePolicy | None]:
+    content = json.loads(text)
+    return content["memory"], content["policy"] and ImagePolicy(**content["policy"])
 
 
 def main() -> None:
@@ -74,13 +83,14 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (options.memory_bytes, options.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(4)  # an engine on the same CPUs works with threads in step: a core taken from one of them stops them all
-    memory, used, policy = _SharedMemory(int(sys.argv[2])), 0, options.policy
+    memories = [_SharedMemory(int(descriptor)) for descriptor in sys.argv[2:]]
+    memory, used, policy = memories[0], 0, options.policy
     sys.stdout.buffer.write(READY)
     sys.stdout.buffer.flush()
     while (length := _read_length(sys.stdin.buffer)) is not None:
         if length >= NEW_BATCH:
-            text = sys.stdin.buffer.read(length - NEW_BATCH)
-            used, policy = 0, ImagePolicy(**json.loads(text)) if text else options.policy
+            number, asked = _read_header(sys.stdin.buffer.read(length - NEW_BATCH))
+            memory, used, policy = memories[number], 0, asked or options.policy
             continue
         answer, tiles = _decode(sys.stdin.buffer.read(length), options, policy)
         if tiles is not None:
@@ -91,7 +101,9 @@ def main() -> None:
 
 
 def _decode(data: bytes, options: DecoderOptions, policy: ImagePolicy) -> tuple[dict[str, Any], Tiles | None]:
-    answer: dict[str, Any] = {"sha256": hashlib.sha256(data).hexdigest(), "num_bytes": 0}
+    answer: dict[str, Any] = {"num_bytes": 0}
+    if options.with_sha256:
+        answer["sha256"] = hashlib.sha256(data).hexdigest()
     # The default action of SIGALRM ends the process, even in the middle of a C call: a hang becomes a death.
     signal.setitimer(signal.ITIMER_REAL, options.timeout_s)
     try:

@@ -80,7 +80,7 @@ class Decoder:
 
     def _start(self) -> BufferedRWPair:
         for _ in range(MAX_STARTS):
-            self._child = DecoderChild(self._options, self._memory)
+            self._child = DecoderChild(self._options, [self._memory])
             self._stream = self._child.socket.makefile("rwb")
             if _line(self._stream) == READY:
                 return self._stream

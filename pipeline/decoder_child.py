@@ -8,9 +8,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import weakref
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
 
 from pipeline.decode_process import DecoderOptions
 from pipeline.errors import PipelineError, RowError
@@ -18,6 +23,7 @@ from pipeline.errors import PipelineError, RowError
 # For glibc in the child: a picture's memory serves the next one. Fresh pages took a third of the time of a small one.
 _KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
 _PATIENCE_S = 1.0
+UInt8 = npt.NDArray[np.uint8]
 MAX_STARTS = 3
 
 
@@ -44,11 +50,11 @@ class Prepared:
 
 
 class TileMemory:
-    """Memory that one child after the other writes its tiles into, from the start again for every batch."""
+    """Memory that one child after the other writes tiles into, from the start again for every batch."""
 
     def __init__(self) -> None:
         self._file = _memory_file()
-        self._view: mmap.mmap | None = None
+        self._map: mmap.mmap | None = None
 
     def fileno(self) -> int:
         """The descriptor, for the child."""
@@ -56,29 +62,35 @@ class TileMemory:
 
     def read(self, size: int) -> bytes:
         """Copy what the last batch left."""
-        if not size:
-            return b""
-        if self._view is None or len(self._view) < size:
-            self._view = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
-        return self._view[:size]
+        return self._mapped(size)[:size] if size else b""
+
+    def lend(self, size: int, returned: Callable[["TileMemory"], None]) -> UInt8:
+        """Show what the last batch left. `returned` is called once nothing that was made of the array looks at it."""
+        lent = np.frombuffer(self._mapped(size), np.uint8, size)  # numpy's views all hold on to this very object
+        weakref.finalize(lent, returned, self)
+        return lent
 
     def close(self) -> None:
-        """Give it back."""
-        if self._view is not None:
-            self._view.close()
-            self._view = None
+        """Give it back, as soon as nothing that was lent is in use."""
+        self._map = None
         self._file.close()
+
+    def _mapped(self, size: int) -> mmap.mmap:
+        if self._map is None or len(self._map) < size:
+            self._map = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
+        return self._map
 
 
 class DecoderChild:
     """A child that was just started; it says READY on `socket` when it takes images."""
 
-    def __init__(self, options: DecoderOptions, memory: TileMemory) -> None:
+    def __init__(self, options: DecoderOptions, memories: Sequence[TileMemory]) -> None:
         self.socket, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "pipeline.decode_process", options.to_json(), str(memory.fileno())]
+        shared = [memory.fileno() for memory in memories]
+        command = [sys.executable, "-m", "pipeline.decode_process", options.to_json(), *map(str, shared)]
         with theirs:
             self._process = subprocess.Popen(
-                command, stdin=theirs.fileno(), stdout=theirs.fileno(), pass_fds=(memory.fileno(),), env=_environment()
+                command, stdin=theirs.fileno(), stdout=theirs.fileno(), pass_fds=shared, env=_environment()
             )
 
     @property

@@ -4,17 +4,19 @@ A thread for each of them would be simpler, and twice the way between two thread
 """
 
 import asyncio
-from contextlib import suppress
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pipeline.decode_process import LENGTH, READY, DecoderOptions, batch_header
-from pipeline.decoder_child import MAX_STARTS, DecoderChild, Prepared, TileMemory, does_not_start
+from pipeline.decoder_child import MAX_STARTS, DecoderChild, Prepared, TileMemory, UInt8, does_not_start
 from pipeline.endpoint.images import ImageRefused, SplitImage
 from smolvlm.image import ImagePolicy, Tiles
 
-_READ_BYTES = 1 << 16
+MEMORIES = 3  # of a decoder: one to decode into, the others with requests on their way to an engine
 
 
 class DecoderPool:
@@ -22,11 +24,11 @@ class DecoderPool:
 
     def __init__(self, options: DecoderOptions, size: int) -> None:
         self._options = options
-        self._decoders = [_Decoder(options) for _ in range(size)]
         self._idle: asyncio.LifoQueue[_Decoder] = asyncio.LifoQueue()
+        self._decoders = [_Decoder(replace(options, with_sha256=False), self._idle.put_nowait) for _ in range(size)]
         for decoder in self._decoders:
             self._idle.put_nowait(decoder)
-        self._working: set[asyncio.Future[Any]] = set()
+        self._starting: set[asyncio.Future[None]] = set()
 
     @property
     def max_bytes(self) -> int:
@@ -46,96 +48,149 @@ class DecoderPool:
     def warm(self) -> None:
         """Start the children ahead of the first image, on the running event loop."""
         for _ in self._decoders:
-            self._keep(asyncio.ensure_future(self._warm(self._idle.get_nowait())))
+            self._start(self._idle.get_nowait())
 
     async def split(self, data: bytes, policy: ImagePolicy) -> SplitImage:
         """Decode and split one image; waits while all decoders are busy. Raises ImageRefused."""
-        decoder = await self._idle.get()
-        work = asyncio.ensure_future(self._split(decoder, data, policy))
-        self._keep(work)
-        return await asyncio.shield(work)  # whoever asked may leave, but not in the middle of what the child reads
+        while not (decoder := await self._idle.get()).is_ready:
+            await asyncio.shield(self._start(decoder))  # whoever asked may leave; others are glad of it
+        return await decoder.split(data, policy)
 
     def close(self) -> None:
         """End the children."""
         for decoder in self._decoders:
             decoder.close()
 
-    def _keep(self, work: asyncio.Future[Any]) -> None:
+    def _start(self, decoder: "_Decoder") -> asyncio.Future[None]:
         """The event loop itself forgets what nobody else holds."""
-        self._working.add(work)
-        work.add_done_callback(self._working.discard)
+        starting = asyncio.ensure_future(decoder.start())
+        self._starting.add(starting)
+        starting.add_done_callback(self._starting.discard)
+        return starting
 
-    async def _warm(self, decoder: "_Decoder") -> None:
-        try:
-            await decoder.ready()
-        finally:
-            self._idle.put_nowait(decoder)
 
-    async def _split(self, decoder: "_Decoder", data: bytes, policy: ImagePolicy) -> SplitImage:
+class _Decoder:
+    """One child after the other; one image at a time. `idle` is told when it can take another."""
+
+    def __init__(self, options: DecoderOptions, idle: Callable[["_Decoder"], None]) -> None:
+        self._options, self._idle = options, idle
+        self._memories = [TileMemory() for _ in range(MEMORIES)]
+        self._free = list(self._memories)
+        self._talk: _Talk | None = None
+        self._heard: Callable[[bytes], None] | None = None
+        self.child: DecoderChild | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a child that has not died."""
+        return self._talk is not None
+
+    async def start(self) -> None:
+        """Get a child. Raises PipelineError if none can be started."""
         try:
-            prepared, flat = await decoder.decode(data, policy)
+            for _ in range(MAX_STARTS):
+                if await self._begin() == READY:
+                    return
+                exit_code = self._end()
         finally:
-            self._idle.put_nowait(decoder)
+            self._idle(self)
+        raise does_not_start(exit_code)
+
+    def split(self, data: bytes, policy: ImagePolicy) -> asyncio.Future[SplitImage]:
+        """Have the child decode and split an image. Who waits for it may leave; the child is heard all the same."""
+        assert self._talk is not None
+        answer: asyncio.Future[SplitImage] = asyncio.get_running_loop().create_future()
+        self._heard = partial(self._answer, answer)
+        header = batch_header(policy, self._memories.index(self._free[0]))
+        self._talk.say(b"".join((header, LENGTH.pack(len(data)), data)))
+        return answer
+
+    def close(self) -> None:
+        """End the child."""
+        self._end()
+        for memory in self._memories:
+            memory.close()
+
+    async def _begin(self) -> bytes:
+        """Start a child and return what it says first."""
+        loop = asyncio.get_running_loop()
+        first: asyncio.Future[bytes] = loop.create_future()
+        self._heard = first.set_result
+        self.child = DecoderChild(self._options, self._memories)
+        _, self._talk = await loop.create_unix_connection(lambda: _Talk(self._hear), sock=self.child.socket)
+        return await first
+
+    def _hear(self, line: bytes) -> None:
+        heard, self._heard = self._heard, None
+        if not line:
+            self._end()
+        if heard is not None:  # else it died idle, of nothing that an image did
+            heard(line)
+
+    def _answer(self, answer: "asyncio.Future[SplitImage]", line: bytes) -> None:
+        try:
+            found: SplitImage | Exception = self._found(line)
+        except Exception as error:  # whatever the child says, somebody waits
+            found = error
+        self._idle(self)
+        if answer.done():
+            return
+        if isinstance(found, Exception):
+            answer.set_exception(found)
+        else:
+            answer.set_result(found)
+
+    def _found(self, line: bytes) -> SplitImage:
+        if not line:
+            raise ImageRefused("quarantined")
+        prepared = Prepared.from_line(line)
         if prepared.error is not None:
             raise ImageRefused(prepared.error.code)
         assert prepared.num_tiles is not None
         assert prepared.width is not None
         assert prepared.height is not None
         side = self._options.config.tile_size
-        pixels = np.frombuffer(flat, dtype=np.uint8).reshape(prepared.num_tiles, side, side, 3)
+        pixels = self._taken(prepared.num_bytes).reshape(prepared.num_tiles, side, side, 3)
         return SplitImage(Tiles(pixels, prepared.rows, prepared.cols), prepared.width, prepared.height)
 
-
-class _Decoder:
-    """One child, started again whenever it dies; one image at a time."""
-
-    def __init__(self, options: DecoderOptions) -> None:
-        self._options = options
-        self._memory = TileMemory()
-        self.child: DecoderChild | None = None
-
-    async def decode(self, data: bytes, policy: ImagePolicy) -> tuple[Prepared, bytes]:
-        """Return what became of an image, and its tiles' bytes. Raises ImageRefused if it ends the child."""
-        child = await self.ready()
-        line = await _answer(child, b"".join((batch_header(policy), LENGTH.pack(len(data)), data)))
-        if not line:
-            self._end()
-            raise ImageRefused("quarantined")
-        prepared = Prepared.from_line(line)
-        return prepared, self._memory.read(prepared.num_bytes)
-
-    async def ready(self) -> DecoderChild:
-        """Return a living child. Raises PipelineError if none can be started."""
-        if self.child is not None and self.child.is_alive:
-            return self.child
-        self._end()  # it died idle, of nothing that an image did
-        for _ in range(MAX_STARTS):
-            child = self.child = DecoderChild(self._options, self._memory)
-            child.socket.setblocking(False)
-            if await _answer(child) == READY:
-                return child
-            exit_code = self._end()
-        raise does_not_start(exit_code)
-
-    def close(self) -> None:
-        """End the child."""
-        self._end()
-        self._memory.close()
+    def _taken(self, size: int) -> UInt8:
+        """The tiles as they lie there, if there is another memory for the next ones; a large picture's copy takes as
+        long as decoding a small one, and all other requests wait for it."""
+        if len(self._free) == 1:
+            return np.frombuffer(self._free[0].read(size), np.uint8)
+        return self._free.pop(0).lend(size, self._free.append)
 
     def _end(self) -> int:
         child, self.child = self.child, None
+        talk, self._talk = self._talk, None
+        if talk is not None:
+            talk.end()
         return child.end(patience_s=0) if child else 0
 
 
-async def _answer(child: DecoderChild, message: bytes = b"") -> bytes:
-    """Send a message, and return the line that follows; nothing if the child has died."""
-    loop, line = asyncio.get_running_loop(), b""
-    with suppress(ConnectionError):
-        await loop.sock_sendall(child.socket, message)
-        while not line.endswith(b"\n"):
-            received = await loop.sock_recv(child.socket, _READ_BYTES)
-            if not received:
-                return b""
-            line += received
-        return line
-    return b""
+class _Talk(asyncio.Protocol):
+    """With one child. `hear` gets each line that it says, and an empty one when it has died."""
+
+    def __init__(self, hear: Callable[[bytes], None]) -> None:
+        self._hear, self._line = hear, b""
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport: asyncio.Transport = transport
+
+    def say(self, message: bytes) -> None:
+        """Send it, whenever the child reads it."""
+        self._transport.write(message)
+
+    def end(self) -> None:
+        """Hear no more."""
+        self._hear = lambda line: None
+        self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        self._line += data
+        if self._line.endswith(b"\n"):
+            line, self._line = self._line, b""
+            self._hear(line)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._hear(b"")

@@ -74,17 +74,20 @@ def running_gateway(options: EndpointOptions, client: EngineClient, key_file: Pa
     async def serve() -> HttpServer:
         return HttpServer(app, bound, options.limits, drain_s=5)
 
+    async def close_decoders() -> None:
+        decoders.close()
+
     server = asyncio.run_coroutine_threadsafe(serve(), loop).result(10)
     try:
         yield Gateway(options.host, bound.getsockname()[1], decoders)
     finally:
         asyncio.run_coroutine_threadsafe(server.stop(), loop).result(30)
+        asyncio.run_coroutine_threadsafe(close_decoders(), loop).result(10)
         asyncio.run_coroutine_threadsafe(loop.shutdown_asyncgens(), loop).result(10)
         asyncio.run_coroutine_threadsafe(loop.shutdown_default_executor(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
-        decoders.close()
 
 
 def png(width: int = 20, height: int = 12, colour: str = "red") -> bytes:
