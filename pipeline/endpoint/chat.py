@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
+import secrets
 import time
-import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +45,7 @@ class Chat:
     num_prompt_tokens: int
     started: float
     prepared: float
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(16)}")
     created: int = field(default_factory=lambda: int(time.time()))
     first_token: float | None = None
     engine_s: float = 0.0
@@ -129,12 +129,9 @@ class ChatService:
         texts = [AnswerText(self.token_bytes, chat.request.stop_strings) for _ in range(chat.num_choices)]
         batches = self.client.stream(engine_request)
         del engine_request  # an answer takes a while, and this held its tiles
-        async with aclosing(batches), aclosing(self._events(chat, batches)) as events:
-            async for event in events:
-                if isinstance(event, Refused):
-                    raise _too_long()
-                piece = _piece(chat, texts[event.choice], event)
-                if piece is not None:
+        async with aclosing(batches):
+            while (events := await self._next(batches, chat)) is not None:
+                for piece in _pieces(chat, texts, events):
                     yield piece
                 if chat.is_finished:
                     return
@@ -170,11 +167,6 @@ class ChatService:
             return data_url_bytes(url, self._decoders.max_bytes)
         return await self._fetcher.fetch(url)
 
-    async def _events(self, chat: Chat, batches: AsyncGenerator[list[Event]]) -> AsyncGenerator[Event]:
-        while (events := await self._next(batches, chat)) is not None:
-            for event in events:
-                yield event
-
     async def _next(self, batches: AsyncGenerator[list[Event]], chat: Chat) -> list[Event] | None:
         """The next events, None after the last, within the time that the request has."""
         limits = self.options.limits
@@ -197,6 +189,15 @@ class ChatService:
 
 def _grid(image: SplitImage) -> dict[str, int]:
     return {"rows": image.tiles.rows, "cols": image.tiles.cols, "width": image.width, "height": image.height}
+
+
+def _pieces(chat: Chat, texts: Sequence[AnswerText], events: Iterable[Event]) -> Iterator[Piece]:
+    for event in events:
+        if isinstance(event, Refused):
+            raise _too_long()
+        piece = _piece(chat, texts[event.choice], event)
+        if piece is not None:
+            yield piece
 
 
 def _piece(chat: Chat, text: AnswerText, event: TokenOut | Finished) -> Piece | None:

@@ -7,7 +7,7 @@ from contextlib import aclosing, contextmanager
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from pipeline.endpoint.api import ChatRequest
 from pipeline.endpoint.budget import Take
@@ -16,6 +16,7 @@ from pipeline.endpoint.errors import ApiError
 from pipeline.endpoint.metrics import Metrics
 
 WATCH_AFTER_S = 0.01
+TO_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 FINISH_REASONS = {"repetition": "length"}  # OpenAI's API has no word for an answer that went in circles
 
 
@@ -41,7 +42,8 @@ async def whole(service: ChatService, body: ChatRequest, take_tiles: Take, metri
         for index, text in enumerate(texts)
     ]
     common = {"id": chat.id, "object": "chat.completion", "created": chat.created, "model": body.model}
-    return JSONResponse({**common, "choices": choices, "usage": chat.usage, "smolvlm": chat.own})
+    answer = {**common, "choices": choices, "usage": chat.usage, "smolvlm": chat.own}
+    return Response(TO_JSON.encode(answer), media_type="application/json")
 
 
 async def stream(service: ChatService, body: ChatRequest, take_tiles: Take, metrics: Metrics) -> Response:
@@ -103,7 +105,7 @@ def _delta(
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {TO_JSON.encode(content)}\n\n"
 
 
 def _reason(reason: str) -> str:
@@ -111,8 +113,8 @@ def _reason(reason: str) -> str:
 
 
 def _count(chat: Chat, metrics: Metrics) -> None:
-    metrics.tokens.labels("prompt").inc(chat.usage["prompt_tokens"])
-    metrics.tokens.labels("completion").inc(chat.usage["completion_tokens"])
+    metrics.prompt_tokens.inc(chat.num_prompt_tokens)
+    metrics.output_tokens.inc(chat.num_output_tokens)
     if chat.first_token is not None:
         metrics.first_token.observe(chat.first_token - chat.started)
 

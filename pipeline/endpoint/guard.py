@@ -5,7 +5,7 @@ A refused request costs no more than its headers; a completion's body is counted
 
 import asyncio
 import logging
-import uuid
+import secrets
 from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import Headers
@@ -55,7 +55,7 @@ class Guard:
         """Serve one request."""
         if scope["type"] != "http":
             return
-        request_id = f"req_{uuid.uuid4().hex}"
+        request_id = f"req_{secrets.token_hex(16)}"
         scope.setdefault("state", {})["request_id"] = request_id
         reply = _Reply(send, request_id)
         try:
@@ -120,23 +120,23 @@ class Guard:
 
     async def _read(self, receive: Receive, take_bytes: Take) -> bytes | None:
         """Gather the body within its time; None if the client leaves meanwhile."""
-        body = bytearray()
+        chunks, size, more = [], 0, True
         try:
             async with asyncio.timeout(self._limits.body_timeout_s):
-                more = True
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
                     chunk = message.get("body", b"")
-                    if len(body) + len(chunk) > self._limits.max_body_bytes:
+                    size += len(chunk)
+                    if size > self._limits.max_body_bytes:
                         raise self._too_large()  # whatever others may still send
                     take_bytes(len(chunk))
-                    body += chunk
+                    chunks.append(chunk)
                     more = message.get("more_body", False)
         except TimeoutError:
             raise ApiError(408, "body_timeout", "the body took too long to arrive") from None
-        return bytes(body)
+        return b"".join(chunks)
 
 
 class _Reply:

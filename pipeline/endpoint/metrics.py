@@ -29,7 +29,8 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
-        self.tokens = Counter("smolvlm_tokens", "Tokens of completions", ["kind"], registry=registry)
+        tokens = Counter("smolvlm_tokens", "Tokens of completions", ["kind"], registry=registry)
+        self.prompt_tokens, self.output_tokens = tokens.labels("prompt"), tokens.labels("completion")
         self.disconnects = Counter("smolvlm_disconnects", "Clients that left before their answer", registry=registry)
 
     def render(self, engines: Iterable[EngineStatus]) -> bytes:

@@ -14,6 +14,7 @@ MAX_HEAD_BYTES = 16 << 10
 KEEP_ALIVE_S = 30
 BACKLOG = 512
 TOO_LARGE = f"The head of a request may have {MAX_HEAD_BYTES} bytes."
+CONTINUE = b"HTTP/1.1 100 "
 LINGER_S = 2.0  # for a client that is still sending what was refused: hung up on, it might never read why
 
 
@@ -76,6 +77,32 @@ def _check_head(url: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         raise ValueError("A body may be chunked, and nothing else.")
 
 
+class _HeadWithBody(asyncio.Transport):
+    """What a response is written to: its head waits for the first of its body, of which uvicorn writes at least an
+    empty one. Two messages cost twice the way, and wake a client up for a head alone."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head: bytes | None = None
+
+    def is_closing(self) -> bool:
+        """Whether the connection is."""
+        return self._transport.is_closing()
+
+    def write(self, data: Any) -> None:
+        """Send it, or keep a head, which comes first."""
+        if self._head is None and not data.startswith(CONTINUE):
+            self._head = data
+            return
+        head, self._head = self._head or b"", b""
+        self._transport.write(head + data)
+
+    def close(self) -> None:
+        """Close the connection after what was kept."""
+        self._transport.write(self._head or b"")
+        self._transport.close()
+
+
 def _bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
     """uvicorn waits for a request for ever and keeps whatever comes before its body; this protocol does not, and counts
     connections."""
@@ -105,6 +132,8 @@ def _bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
         def on_headers_complete(self) -> None:
             _check_head(self.url, self.headers)  # what it raises becomes a 400
             super().on_headers_complete()
+            if self.scope["method"] != "HEAD":
+                self.cycle.transport = _HeadWithBody(self.transport)
             self._in_body, self._idle_bytes = True, 0
 
         def on_body(self, body: bytes) -> None:

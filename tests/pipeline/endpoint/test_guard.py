@@ -348,6 +348,24 @@ def test_chunks_and_kept_connections_are_taken(gateway: Gateway, model: Model) -
         assert connection.sock is kept
 
 
+def test_a_client_that_waits_to_be_told_is_told(gateway: Gateway, model: Model) -> None:
+    body = json.dumps(question(model)).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nexpect: 100-continue\r\n"
+    with connect(gateway) as connection:
+        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode())
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_answers_without_a_body_end_too(gateway: Gateway) -> None:
+    with closing(HTTPConnection(gateway.host, gateway.port, timeout=20)) as connection:
+        for method, status in (("HEAD", 405), ("GET", 200), ("HEAD", 405)):
+            connection.request(method, "/health")
+            answer = connection.getresponse()
+            assert (answer.status, bool(answer.read())) == (status, method == "GET")
+
+
 def test_connections_are_counted(model: Model, stuck: StuckEngines) -> None:
     with limited(model, stuck, max_connections=8, header_timeout_s=5.0) as gateway:
         held = [connect(gateway) for _ in range(8)]
