@@ -30,17 +30,27 @@ REASONS = {
 }
 
 
-def open_model(
-    model: str | None, revision: str | None, dtype: str | None, url: str | None, api_key_file: Path | None
-) -> ChatModel:
+@dataclass(frozen=True)
+class Chosen:
+    """What the command line says of a model; None leaves it to us."""
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+
+
+def open_model(chosen: Chosen, url: str | None, api_key_file: Path | None) -> ChatModel:
     """Load a model, or reach for the endpoint's. Raises ConfigError where that fails or options contradict."""
     if url is None:
         if api_key_file is not None:
             raise ConfigError("--api-key-file is the key of an endpoint; it needs --url")
-        revision = DEFAULT_REVISION if model is None else revision
-        return LocalModel(model or DEFAULT_MODEL, revision, dtype or "auto")
-    if (model, revision, dtype) != (None, None, None):
-        raise ConfigError("--url talks to the endpoint's own model; leave out --model, --revision and --dtype")
+        revision = DEFAULT_REVISION if chosen.model is None else chosen.revision
+        return LocalModel(chosen.model or DEFAULT_MODEL, revision, chosen.dtype or "auto", chosen.quantization)
+    if chosen != Chosen():
+        raise ConfigError(
+            "--url talks to the endpoint's own model; leave out --model, --revision, --dtype and --quantization"
+        )
     return RemoteModel(url, None if api_key_file is None else read_key(api_key_file))
 
 

@@ -104,7 +104,7 @@ class Answering:
 class LocalModel:
     """An engine in this process, which keeps the keys and values of the conversation between turns."""
 
-    def __init__(self, model: str, revision: str | None, dtype: str) -> None:
+    def __init__(self, model: str, revision: str | None, dtype: str, quantization: str | None = None) -> None:
         """Load a checkpoint, onto the GPU where there is one. Raises ConfigError for one that cannot be loaded."""
         import torch
 
@@ -115,7 +115,9 @@ class LocalModel:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self._processor = Processor.from_pretrained(model, revision)
-            engine = Engine.from_pretrained(model, device, dtype, revision, max_num_sequences=1)
+            engine = Engine.from_pretrained(
+                model, device, dtype, revision, max_num_sequences=1, quantization=quantization
+            )
         except (OSError, ValueError) as error:  # the hub client's own errors are OSErrors
             raise ConfigError(f"model {model!r} cannot be loaded: {error}") from error
         self.name = model

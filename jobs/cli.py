@@ -33,6 +33,7 @@ from jobs.command_line import (
     Limit,
     MaxErrorShare,
     ModelId,
+    Quantization,
     Replicas,
     Revision,
     SourceUri,
@@ -56,6 +57,7 @@ def run(
     model: ModelId = None,
     revision: Revision = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     endpoint_url: EndpointUrl = None,
     gpus: Gpus = None,
     replicas: Replicas = None,
@@ -66,7 +68,7 @@ def run(
     """Run a job file; run it again to resume."""
     from jobs import documents
 
-    options = Options(limit, model, revision, dtype, endpoint_url, gpus, replicas)
+    options = Options(limit, model, revision, dtype, quantization, endpoint_url, gpus, replicas)
     with plain_errors():
         content = documents.read(job_file)
         _run(with_options(content, options), str(job_file), address, max_error_share, as_json)
@@ -80,6 +82,7 @@ def _one_task_command(task: Mapping[str, Any]) -> Callable[..., None]:
         model: ModelId = None,
         revision: Revision = None,
         dtype: Dtype = None,
+        quantization: Quantization = None,
         endpoint_url: EndpointUrl = None,
         gpus: Gpus = None,
         replicas: Replicas = None,
@@ -87,7 +90,7 @@ def _one_task_command(task: Mapping[str, Any]) -> Callable[..., None]:
         max_error_share: MaxErrorShare = 0.05,
         as_json: Json = False,
     ) -> None:
-        options = Options(limit, model, revision, dtype, endpoint_url, gpus, replicas)
+        options = Options(limit, model, revision, dtype, quantization, endpoint_url, gpus, replicas)
         with plain_errors():
             content = with_options(one_task(task, source, output), options)
             _run(content, str(task["name"]), address, max_error_share, as_json)
@@ -117,6 +120,7 @@ def chat(
     model: ModelId = None,
     revision: Revision = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     url: Annotated[str | None, typer.Option(help="Talk to a running endpoint instead of loading a model.")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="File that holds the endpoint's key.")] = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch pictures from the internet as well.")] = False,
@@ -128,12 +132,12 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Repeat what was drawn.")] = None,
 ) -> None:
     """Talk about pictures: `img>` takes a path, `txt>` a question, /help tells the rest."""
-    from jobs.chat import open_model, talk
+    from jobs.chat import Chosen, open_model, talk
     from jobs.chat_models import AnswerOptions
     from smolvlm.chat import Conversation
 
     with plain_errors("interrupted"):
-        answerer = open_model(model, revision, dtype, url, api_key_file)
+        answerer = open_model(Chosen(model, revision, dtype, quantization), url, api_key_file)
         options = AnswerOptions(max_new_tokens, temperature, top_p, seed)
         passed = talk(answerer, Conversation(history, tiles), options, allow_urls)
     raise typer.Exit(OK if passed else FAILED)
@@ -182,6 +186,7 @@ def evaluate(
     prompt: Annotated[str, typer.Option(help="What the model is asked.")] = str(OCR["prompt"]),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = int(str(OCR["max_new_tokens"])),
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    quantization: Quantization = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU where there is one.")] = None,
     endpoint_url: EndpointUrl = None,
     max_error_share: MaxErrorShare = 0.05,
@@ -198,7 +203,7 @@ def evaluate(
         columns = (image_column, text_column, kind_column, degraded_column)
         data = Data(source, *columns, endpoint_url, documents, seed, limit)
         place = device or ("cuda" if has_gpu() else "cpu")
-        settings = Settings(model, revision, dtype, place, prompt, max_new_tokens)
+        settings = Settings(model, revision, dtype, quantization, place, prompt, max_new_tokens)
         content = measure(data, settings, Location(output, endpoint_url), sys.stderr)
     print(summary_text(content) if sys.stdout.isatty() and not as_json else json.dumps(content))
     raise typer.Exit(TOO_MANY_ERRORS if len(content["errors"]) > max_error_share * content["documents"] else OK)
@@ -227,6 +232,7 @@ def serve(
     model: ModelId = None,
     revision: Revision = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on: 127.0.0.1. Others need API keys.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on: 8000.")] = None,
     api_key_file: Annotated[str | None, typer.Option(help="File with one API key a line, or sha256:… of it.")] = None,
@@ -241,7 +247,9 @@ def serve(
     """Answer requests over HTTP as OpenAI's API does, until interrupted."""
     from jobs import serve as endpoint
 
-    options = Options(model=model, revision=revision, dtype=dtype, gpus=gpus, replicas=replicas)
+    options = Options(
+        model=model, revision=revision, dtype=dtype, quantization=quantization, gpus=gpus, replicas=replicas
+    )
     given = {"host": host, "port": port, "api_key_file": api_key_file, "allowed_image_hosts": allow_image_host}
     with plain_errors("aborted: requests under way were dropped"):
         content = endpoint.content_of(options, {**given, "insecure": insecure})

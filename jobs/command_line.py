@@ -17,7 +17,10 @@ Limit = Annotated[int | None, typer.Option(help="Take only the first N images of
 ModelId = Annotated[str | None, typer.Option("--model", help="Checkpoint directory, hub id, or `bundled`.")]
 Revision = Annotated[str | None, typer.Option(help="Full commit id of the hub model.")]
 Dtype = Annotated[
-    str | None, typer.Option(help="auto (bfloat16 where the hardware has it), bfloat16, float16 or float32.")
+    str | None, typer.Option(help="auto (bfloat16 where the hardware is fast at it), bfloat16, float16 or float32.")
+]
+Quantization = Annotated[
+    str | None, typer.Option(help="Round weights to 8 bits, for speed: int8 on CPUs, fp8 on GPUs (Ada, Hopper).")
 ]
 EndpointUrl = Annotated[str | None, typer.Option(help="S3 endpoint for source and output, for stores other than AWS.")]
 Gpus = Annotated[

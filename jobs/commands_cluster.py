@@ -21,6 +21,7 @@ from jobs.command_line import (
     Limit,
     MaxErrorShare,
     ModelId,
+    Quantization,
     Replicas,
     Revision,
     plain_errors,
@@ -66,13 +67,14 @@ def plan(
     model: ModelId = None,
     revision: Revision = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     endpoint_url: EndpointUrl = None,
     gpus: Gpus = None,
     as_json: Json = False,
 ) -> None:
     """Say what a job will read, how long it will take, what it will cost and what holds it back; starts nothing."""
     with plain_errors("interrupted: nothing was written"):
-        job = _job(job_file, Options(limit, model, revision, dtype, endpoint_url, gpus))
+        job = _job(job_file, Options(limit, model, revision, dtype, quantization, endpoint_url, gpus))
         from jobs.plan import Figures, Pool, to_json
         from jobs.plan import plan as make_plan
 
@@ -124,6 +126,7 @@ def submit(
     model: ModelId = None,
     revision: Revision = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     endpoint_url: EndpointUrl = None,
     gpus: Gpus = None,
     replicas: Replicas = None,
@@ -132,7 +135,7 @@ def submit(
 ) -> None:
     """Hand a job to a cluster. Ctrl-C stops watching, not the job."""
     with plain_errors("the job goes on; `smolvlm cancel` stops it"):
-        job = _job(job_file, Options(limit, model, revision, dtype, endpoint_url, gpus, replicas))
+        job = _job(job_file, Options(limit, model, revision, dtype, quantization, endpoint_url, gpus, replicas))
         from jobs.submit import Cluster, Shipping, exit_code
 
         cluster = Cluster(address)

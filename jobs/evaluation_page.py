@@ -77,7 +77,7 @@ def _facts(content: Mapping[str, Any]) -> str:
     facts = {
         "model": " ".join(filter(None, (model["model"], model["revision"]))),
         "weights (SHA-256)": weights,
-        "computed as": f"{model['dtype']} on {model['device']}",
+        "computed as": " ".join(filter(None, (model["quantization"], model["dtype"], "on", model["device"]))),
         "prompt": model["prompt"],
         "documents": ", ".join(f"{name} {value}" for name, value in content["source"].items() if value is not None),
         "versions": ", ".join(f"{name} {value}" for name, value in content["versions"].items()),

@@ -34,6 +34,7 @@ class Settings:
     model: str
     revision: str | None = None
     dtype: str = "auto"
+    quantization: str | None = None
     device: str = "cpu"
     prompt: str = "Transcribe all text."
     max_new_tokens: int = 1024
@@ -100,7 +101,8 @@ class _Reader:
         try:
             self._params = SamplingParams(max_new_tokens=settings.max_new_tokens)
             self._processor = Processor.from_pretrained(settings.model, settings.revision)
-            engine = Engine.from_pretrained(settings.model, settings.device, settings.dtype, settings.revision)
+            place, numbers = (settings.device, settings.dtype), settings.quantization
+            engine = Engine.from_pretrained(settings.model, *place, settings.revision, quantization=numbers)
         except (OSError, ValueError) as error:
             raise ConfigError(f"model {settings.model}: {error}") from error
         content = [{"type": "image"}, {"type": "text", "text": settings.prompt}]

@@ -22,6 +22,7 @@ class Options:
     model: str | None = None
     revision: str | None = None
     dtype: str | None = None
+    quantization: str | None = None
     endpoint_url: str | None = None
     gpus: float | None = None
     replicas: tuple[int, int] | None = None
@@ -52,7 +53,8 @@ def with_options(content: Mapping[str, Any], options: Options) -> dict[str, Any]
     if options.model is not None:
         # A revision belongs to one model: the old one must not stay behind for the new.
         merged["model"] = _without(merged.get("model"), "revision") | {"id": options.model}
-    _lay_over(merged, "model", {"revision": options.revision, "dtype": options.dtype})
+    numbers = {"dtype": options.dtype, "quantization": options.quantization}
+    _lay_over(merged, "model", {"revision": options.revision, **numbers})
     replicas = None if options.replicas is None else list(options.replicas)
     _lay_over(merged, "engine", {"gpus": options.gpus, "replicas": replicas})
     for side in ("source", "output"):

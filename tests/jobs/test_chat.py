@@ -16,7 +16,7 @@ from PIL import Image
 from scripted_endpoint import Endpoint, endpoint
 from typer.testing import CliRunner, Result
 
-from jobs.chat import open_model, read_file, stats_text
+from jobs.chat import Chosen, open_model, read_file, stats_text
 from jobs.chat_models import NoAnswer, Reply
 from jobs.cli import app
 
@@ -339,8 +339,8 @@ def test_numbers_are_left_out_where_they_are_not_known() -> None:
 def test_the_default_model_is_that_of_the_other_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[tuple[Any, ...]] = []
     monkeypatch.setattr("jobs.chat.LocalModel", lambda *arguments: loaded.append(arguments))
-    open_model(None, None, None, None, None)
-    open_model("some/other", "0" * 40, "float32", None, None)
+    open_model(Chosen(), None, None)
+    open_model(Chosen("some/other", "0" * 40, "float32", "int8"), None, None)
     from jobs.shortcuts import DEFAULT_MODEL, DEFAULT_REVISION
 
-    assert loaded == [(DEFAULT_MODEL, DEFAULT_REVISION, "auto"), ("some/other", "0" * 40, "float32")]
+    assert loaded == [(DEFAULT_MODEL, DEFAULT_REVISION, "auto", None), ("some/other", "0" * 40, "float32", "int8")]

@@ -32,6 +32,7 @@ from jobs.readings import Reading
 from pipeline.labelled import LabelledImage
 from pipeline.storage import Location
 from smolvlm import Engine, Processor, SamplingParams
+from smolvlm.cpu.linear import has_int8
 from smolvlm.image import decode_image
 from smolvlm.training.metrics import measure
 
@@ -140,9 +141,18 @@ class TestReport:
         report, _, _ = content(evaluated)
         weights = hashlib.sha256((tiny_checkpoint / "model.safetensors").read_bytes()).hexdigest()
         assert report["model"]["files"]["model.safetensors"] == weights
-        assert report["model"]["dtype"] == "float32"
+        assert (report["model"]["dtype"], report["model"]["quantization"]) == ("float32", None)
         assert report["source"] | {"sha256": ""} == {"built_in": "held_out", "count": COUNT, "seed": SEED, "sha256": ""}
         assert report["versions"]["rapidfuzz"]
+
+    @pytest.mark.skipif(not has_int8(), reason="no C++ compiler, or no AVX2")
+    def test_8_bit_weights_are_measured_as_such(self, tmp_path: Path) -> None:
+        options = ("--dtype", "float32", "--quantization", "int8", "--documents", 2, "--max-new-tokens", TOKENS)
+        done = smolvlm("evaluate", "-o", tmp_path / "out", *options)
+        assert done.exit_code == OK, done.output
+        report, _, page = content(tmp_path / "out")
+        assert report["model"]["quantization"] == "int8"
+        assert "int8 float32 on cpu" in page
 
     def test_written_files_give_the_same_figures(
         self, evaluated: Path, documents: Path, tiny_checkpoint: Path, tmp_path: Path
@@ -225,6 +235,7 @@ class TestBadInput:
             (["--source", "x.jsonl", "--documents", "3"], "--documents 3 draws built-in documents"),
             (["--source", "nothing.jsonl"], "nothing.jsonl"),
             (["--documents", "2", "--dtype", "int8"], "dtype is 'int8'; it must be one of"),
+            (["--documents", "2", "--quantization", "int4"], "quantization is 'int4'; it must be 'int8' or 'fp8'"),
             (["--documents", "2", "--model", "no/model"], "does not pin a commit"),
         ],
     )

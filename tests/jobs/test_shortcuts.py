@@ -32,8 +32,8 @@ def test_no_options_change_nothing() -> None:
 
 
 def test_options_replace_single_keys() -> None:
-    changed = with_options(CONTENT, Options(limit=5, dtype="bfloat16", gpus=0.5, replicas=(1, 2)))
-    model = {**CONTENT["model"], "dtype": "bfloat16"}
+    changed = with_options(CONTENT, Options(limit=5, dtype="bfloat16", quantization="fp8", gpus=0.5, replicas=(1, 2)))
+    model = {**CONTENT["model"], "dtype": "bfloat16", "quantization": "fp8"}
     engine = {"gpus": 0.5, "replicas": [1, 2]}
     assert changed == {**CONTENT, "model": model, "limit": 5, "engine": engine}
 

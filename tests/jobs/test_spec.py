@@ -187,6 +187,7 @@ WRONG_ARGUMENTS: dict[str, tuple[list[str], str]] = {
     "limit of 0": (["run", "JOB", "--limit", "0"], "`limit`: 0: must be greater than 0"),
     "limit no number": (["run", "JOB", "--limit", "many"], "'--limit': Input should be a valid integer"),
     "unknown dtype": (["run", "JOB", "--dtype", "int4"], '`model.dtype`: "int4": must be one of'),
+    "unknown quantization": (["run", "JOB", "--quantization", "int4"], '`model.quantization`: "int4": must be one of'),
     "replicas reversed": (["run", "JOB", "--replicas", "8", "1"], "`engine.replicas`: [8, 1]: the smallest"),
     "one and a half GPUs": (["run", "JOB", "--gpus", "1.5"], "`engine.gpus`: 1.5: use a whole number"),
     "endpoint without scheme": (["run", "JOB", "--endpoint-url", "host:9"], "`source.endpoint_url`"),
