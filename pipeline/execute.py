@@ -5,6 +5,7 @@ and only a task whose rows are a function of its input can be run again without 
 """
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -120,7 +121,10 @@ def _data_context(control: Control) -> Iterator[None]:
     for name, value in wanted.items():
         setattr(context, name, value)
     try:
-        yield
+        with warnings.catch_warnings():
+            # Fewer blocks than workers: what a drain leaves of a job, and advice on Ray's own settings.
+            warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
+            yield
     finally:
         for name, value in before.items():
             setattr(context, name, value)

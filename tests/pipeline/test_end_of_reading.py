@@ -34,12 +34,7 @@ def fetch_slowly(refs: Any, timeout: float | None = None) -> Any:
     return ray.get(refs, timeout=timeout)
 
 
-@pytest.mark.parametrize("read_tasks", [2, 500])
-def test_a_drain_ends_the_reading(ray_cluster: str, monkeypatch: pytest.MonkeyPatch, read_tasks: int) -> None:
-    """With many short tasks and slow descriptions of blocks, some tasks' ends are on their way when the drain comes."""
-    fetcher = ThreadedMetadataFetcher(get_objects=fetch_slowly)
-    monkeypatch.setattr(streaming_executor, "make_metadata_fetcher", lambda: fetcher)
-    control = Control.create()
+def rows_until_drained(control: Control, read_tasks: int) -> list[int]:
     with _data_context(control):
         worked = (
             ray.data.range(BLOCKS, override_num_blocks=read_tasks)
@@ -48,6 +43,22 @@ def test_a_drain_ends_the_reading(ray_cluster: str, monkeypatch: pytest.MonkeyPa
                 Worker, fn_constructor_args=(control,), compute=_pool((1, 1), 1), num_cpus=0.25, batch_size=None
             )
         )
-        rows = [row["id"] for row in worked.iter_rows()]
+        return [row["id"] for row in worked.iter_rows()]
+
+
+@pytest.mark.parametrize("read_tasks", [2, 500])
+def test_a_drain_ends_the_reading(ray_cluster: str, monkeypatch: pytest.MonkeyPatch, read_tasks: int) -> None:
+    """With many short tasks and slow descriptions of blocks, some tasks' ends are on their way when the drain comes."""
+    fetcher = ThreadedMetadataFetcher(get_objects=fetch_slowly)
+    monkeypatch.setattr(streaming_executor, "make_metadata_fetcher", lambda: fetcher)
+    control = Control.create()
+    rows = rows_until_drained(control, read_tasks)
     assert len(set(rows)) == len(rows) == control.counts()["blocks"]
     assert 10 <= len(rows) < BLOCKS / 2
+
+
+def test_a_drain_before_the_first_block_leaves_nothing(ray_cluster: str) -> None:
+    control = Control.create()
+    control.drain()
+    assert rows_until_drained(control, read_tasks=2) == []
+    assert "blocks" not in control.counts()
