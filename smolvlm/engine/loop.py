@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from smolvlm.cpu.threads import release_threads
 from smolvlm.engine.engine import Engine
 from smolvlm.engine.sequence import BATCH, Completion, OnToken, Sequence, Token
 from smolvlm.engine.stats import EngineStats, snapshot
@@ -38,6 +39,7 @@ class EngineLoop:
         self._closing = self._dropping = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="smolvlm-engine", daemon=True)
+        release_threads()  # who has loaded the engine computes no more
         self._thread.start()
 
     def __enter__(self) -> Self:
