@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from jobs.chat_models import AnswerOptions, ChatModel, LocalModel, NoAnswer, Reply
 from jobs.chat_remote import RemoteModel, read_key
-from jobs.shortcuts import DEFAULT_MODEL, DEFAULT_REVISION
+from jobs.shortcuts import DEFAULT_MODEL, DEFAULT_REVISION, Options
 from jobs.terminal import Terminal
 from pipeline.errors import ConfigError
 from smolvlm.chat import Conversation, Picture, UnknownPicture
@@ -30,24 +30,14 @@ REASONS = {
 }
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What the command line says of a model; None leaves it to us."""
-
-    model: str | None = None
-    revision: str | None = None
-    dtype: str | None = None
-    quantization: str | None = None
-
-
-def open_model(chosen: Chosen, url: str | None, api_key_file: Path | None) -> ChatModel:
+def open_model(options: Options, url: str | None, api_key_file: Path | None) -> ChatModel:
     """Load a model, or reach for the endpoint's. Raises ConfigError where that fails or options contradict."""
     if url is None:
         if api_key_file is not None:
             raise ConfigError("--api-key-file is the key of an endpoint; it needs --url")
-        revision = DEFAULT_REVISION if chosen.model is None else chosen.revision
-        return LocalModel(chosen.model or DEFAULT_MODEL, revision, chosen.dtype or "auto", chosen.quantization)
-    if chosen != Chosen():
+        revision = DEFAULT_REVISION if options.model is None else options.revision
+        return LocalModel(options.model or DEFAULT_MODEL, revision, options.dtype or "auto", options.quantization)
+    if options != Options():
         raise ConfigError(
             "--url talks to the endpoint's own model; leave out --model, --revision, --dtype and --quantization"
         )

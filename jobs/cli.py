@@ -132,12 +132,13 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Repeat what was drawn.")] = None,
 ) -> None:
     """Talk about pictures: `img>` takes a path, `txt>` a question, /help tells the rest."""
-    from jobs.chat import Chosen, open_model, talk
+    from jobs.chat import open_model, talk
     from jobs.chat_models import AnswerOptions
     from smolvlm.chat import Conversation
 
+    wanted = Options(model=model, revision=revision, dtype=dtype, quantization=quantization)
     with plain_errors("interrupted"):
-        answerer = open_model(Chosen(model, revision, dtype, quantization), url, api_key_file)
+        answerer = open_model(wanted, url, api_key_file)
         options = AnswerOptions(max_new_tokens, temperature, top_p, seed)
         passed = talk(answerer, Conversation(history, tiles), options, allow_urls)
     raise typer.Exit(OK if passed else FAILED)

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.decode_process import DecoderOptions
 from pipeline.errors import PipelineError, RowError
+from smolvlm.image import UInt8
 
 # For glibc in the child: a picture's memory serves the next one. Fresh pages took a third of the time of a small one.
 _KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
 _PATIENCE_S = 1.0
-UInt8 = npt.NDArray[np.uint8]
 MAX_STARTS = 3
 
 

@@ -69,8 +69,7 @@ def limit_seconds(
     """The least seconds of each phase of this load."""
     steps = load.tokens - 1  # the first token comes from the prefill
     context = load.prompt_tokens + steps / 2
-    weights = 1 if in_int8 else dtype.itemsize
-    step_bytes = decode_bytes(config, load.batch * context, dtype, weights)
+    step_bytes = decode_bytes(config, load.batch * context, dtype, in_int8)
     step = _text_work(config, load.batch, context, heads=load.batch)
     prompt = _text_work(config, load.prompt_tokens, load.prompt_tokens / 2, heads=1)
     return {
@@ -80,12 +79,9 @@ def limit_seconds(
     }
 
 
-def decode_bytes(config: ModelConfig, tokens: float, dtype: torch.dtype, weight_bytes: int | None = None) -> float:
-    """What a decode step must read: the text model's weights once, and keys and values of so many tokens.
-
-    weight_bytes: of a weight of a block, where it is not of `dtype`.
-    """
-    blocks = _text_weights(config) * (weight_bytes or dtype.itemsize)
+def decode_bytes(config: ModelConfig, tokens: float, dtype: torch.dtype, in_int8: bool = False) -> float:
+    """What a decode step must read: the text model's weights once, and keys and values of so many tokens."""
+    blocks = _text_weights(config) * (1 if in_int8 else dtype.itemsize)
     return blocks + _head_weights(config) * dtype.itemsize + tokens * KVCache.block_bytes(config.text, 1, dtype)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.decode_process import LENGTH, READY, DecoderOptions, batch_header
-from pipeline.decoder_child import MAX_STARTS, DecoderChild, Prepared, TileMemory, UInt8, does_not_start
+from pipeline.decoder_child import MAX_STARTS, DecoderChild, Prepared, TileMemory, does_not_start
 from pipeline.endpoint.images import ImageRefused, SplitImage
-from smolvlm.image import ImagePolicy, Tiles
+from smolvlm.image import ImagePolicy, Tiles, UInt8
 
 MEMORIES = 3  # of a decoder: one to decode into, the others with requests on their way to an engine
 

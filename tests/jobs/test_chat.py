@@ -16,9 +16,10 @@ from PIL import Image
 from scripted_endpoint import Endpoint, endpoint
 from typer.testing import CliRunner, Result
 
-from jobs.chat import Chosen, open_model, read_file, stats_text
+from jobs.chat import open_model, read_file, stats_text
 from jobs.chat_models import NoAnswer, Reply
 from jobs.cli import app
+from jobs.shortcuts import DEFAULT_MODEL, DEFAULT_REVISION, Options
 
 Script = Callable[..., Result]
 
@@ -339,8 +340,7 @@ def test_numbers_are_left_out_where_they_are_not_known() -> None:
 def test_the_default_model_is_that_of_the_other_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[tuple[Any, ...]] = []
     monkeypatch.setattr("jobs.chat.LocalModel", lambda *arguments: loaded.append(arguments))
-    open_model(Chosen(), None, None)
-    open_model(Chosen("some/other", "0" * 40, "float32", "int8"), None, None)
-    from jobs.shortcuts import DEFAULT_MODEL, DEFAULT_REVISION
-
+    open_model(Options(), None, None)
+    named = Options(model="some/other", revision="0" * 40, dtype="float32", quantization="int8")
+    open_model(named, None, None)
     assert loaded == [(DEFAULT_MODEL, DEFAULT_REVISION, "auto", None), ("some/other", "0" * 40, "float32", "int8")]
