@@ -1,17 +1,18 @@
 """The bundled checkpoint: small, in the published format, the same in transformers, and it reads."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from PIL import Image
+from pydantic import TypeAdapter
 
 from smolvlm import Engine, Processor, SamplingParams
 from smolvlm.hub import BUNDLED, BUNDLED_DIRECTORY
 from smolvlm.training.documents import DocumentGenerator, DocumentOptions
+from smolvlm.training.plan import TrainingPlan
 
 MOST_BYTES = 40_000_000
 PROMPT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Transcribe all text."}]}]
@@ -53,7 +54,10 @@ def test_it_is_small_and_brings_its_recipe_and_card() -> None:
     assert {"config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors"} <= files.keys()
     assert sum(path.stat().st_size for path in files.values()) <= MOST_BYTES
     recipe = yaml.safe_load(files["train.yaml"].read_text())
-    assert f"smolvlm train {Path('smolvlm/assets/ocr/train.yaml')}" in files["README.md"].read_text()
+    card = files["README.md"].read_text()
+    for name in ("encoder", "draft", "train", "harder"):
+        assert TypeAdapter(TrainingPlan).validate_python(yaml.safe_load(files[f"{name}.yaml"].read_text()))
+        assert f"smolvlm train smolvlm/assets/ocr/{name}.yaml\n" in card
     assert (
         recipe["start"]["shape"]["vision"]["hidden_size"]
         == Processor.from_pretrained(BUNDLED).config.vision.hidden_size
