@@ -15,9 +15,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) ->
     """Attention without padding. q is [B, heads, T, D]; k and v may have fewer heads, each serving a group of q's.
 
     torch's fused operator everywhere but on a CPU in bfloat16. Where gradients flow, its backward pass takes about
-    twice the time of the plain products there (measured: 16 tiles of 256 patches, 3 heads of 64: 25 against 11 ms),
-    while in float32 it skips half of a causal one's (24 sequences of 370, 6 heads on 3: 97 against 144 ms, both passes).
-    In inference without AMX it takes twice the time of our own (1024 patches, 12 heads of 64: 23 against 11 ms).
+    twice the time of the plain products there (measured: 16 tiles of 256 patches, 3 heads of 64: 25 against 11 ms); in
+    float32 it skips half of a causal one's (24 sequences of 370, 6 heads on 3, both passes: 97 against 144 ms). In
+    inference without AMX it takes twice the time of our own (1024 patches, 12 heads of 64: 23 against 11 ms).
     """
     grouped = q.shape[1] != k.shape[1]
     if not (is_causal or torch.is_grad_enabled()):
