@@ -44,11 +44,11 @@ def test_training_has_the_textbook_s_values_and_gradients(
     q, k, v = heads(num_kv_heads, dtype)
     ours, expected = dense_attention(q, k, v, is_causal), textbook(q, k, v, is_causal)
     assert fused_calls == ([is_causal] if dtype == torch.float32 else [])
-    near = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
-    torch.testing.assert_close(ours.float(), expected, **near)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(ours.float(), expected, atol=tolerance, rtol=tolerance)
     weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
     gradients = [torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (ours, expected)]
-    torch.testing.assert_close(*gradients, **near)
+    torch.testing.assert_close(*gradients, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
