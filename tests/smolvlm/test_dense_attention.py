@@ -31,7 +31,8 @@ def textbook(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     if is_causal:
         scores = scores.masked_fill(later_keys(q.shape[-2], q.device), -torch.inf)
-    return scores.softmax(-1) @ v
+    attended: Tensor = scores.softmax(-1) @ v
+    return attended
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
