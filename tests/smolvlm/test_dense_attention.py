@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smolvlm.dense_attention import dense_attention, later_keys
+from smolvlm.dense_attention import _plain, dense_attention, later_keys
 
 
 def heads(num_kv_heads: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -35,20 +35,38 @@ def textbook(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     return attended
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
-def test_training_has_the_textbook_s_values_and_gradients(
-    num_kv_heads: int, is_causal: bool, dtype: torch.dtype, fused_calls: list[bool]
-) -> None:
-    """In float32 with torch's fused operator, in bfloat16 without."""
-    q, k, v = heads(num_kv_heads, dtype)
-    ours, expected = dense_attention(q, k, v, is_causal), textbook(q, k, v, is_causal)
-    assert fused_calls == ([is_causal] if dtype == torch.float32 else [])
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    torch.testing.assert_close(ours.float(), expected, atol=tolerance, rtol=tolerance)
+def test_in_float32_training_takes_the_fused_one(num_kv_heads: int, is_causal: bool, fused_calls: list[bool]) -> None:
+    q, k, v = heads(num_kv_heads)
+    ours = dense_attention(q, k, v, is_causal)
+    assert fused_calls == [is_causal]
+    same_with_gradients(ours, textbook(q, k, v, is_causal), q, k, v)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_in_bfloat16_training_takes_the_plain_one(num_kv_heads: int, is_causal: bool, fused_calls: list[bool]) -> None:
+    q, k, v = heads(num_kv_heads, torch.bfloat16)
+    ours = dense_attention(q, k, v, is_causal)
+    assert fused_calls == []
+    same_with_gradients(ours, textbook(q, k, v, is_causal), q, k, v, tolerance=0.05)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_plain_one_is_the_fused_one(is_causal: bool) -> None:
+    """In float32, where rounding hides nothing."""
+    q, k, v = heads(4)
+    same_with_gradients(
+        _plain(q, k, v, is_causal), F.scaled_dot_product_attention(q, k, v, is_causal=is_causal), q, k, v
+    )
+
+
+def same_with_gradients(ours: Tensor, expected: Tensor, *inputs: Tensor, tolerance: float | None = None) -> None:
+    """As near as torch expects of the dtype, or `tolerance`."""
+    torch.testing.assert_close(ours.to(expected.dtype), expected, atol=tolerance, rtol=tolerance)
     weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
-    gradients = [torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (ours, expected)]
+    gradients = [torch.autograd.grad((out * weight).sum(), inputs) for out in (ours, expected)]
     torch.testing.assert_close(*gradients, atol=tolerance, rtol=tolerance)
 
 
