@@ -21,7 +21,8 @@ class Look:
     """Colours and wear of a document.
 
     paper, ink, desk: colours of the page, of the text, and of what lies around the page.
-    rule, band: how much ink lines and the bands behind headings carry, 0 to 1.
+    rule, band: how much ink lines and the bands behind headings carry, 0 to 1. stroke: how thick lines are, in font
+        sizes.
     shade: amplitude of uneven light in grey levels. blur: standard deviation in font sizes.
     noise: standard deviation in grey levels. quality: of JPEG; None: not compressed.
     """
@@ -30,6 +31,7 @@ class Look:
     ink: Colour
     desk: Colour
     rule: float
+    stroke: float
     band: float
     shade: float
     blur: float
@@ -49,7 +51,8 @@ def choose_look(random: Random, flaws: frozenset[str], kind: str) -> Look:
         paper,
         ink,
         desk=_tinted(random, random.uniform(0, 255), 60),
-        rule=random.uniform(0.3, 0.8),
+        rule=random.uniform(0.3, 1.0),
+        stroke=random.uniform(0.02, 0.12),
         band=random.uniform(0.05, 0.15),
         shade=0.0 if kind in FLAT or "faint" in flaws or random.random() < 0.25 else random.uniform(2, 20),
         blur=random.uniform(0.05, 0.085) if "blurred" in flaws else random.choice((0.0, random.uniform(0.01, 0.03))),

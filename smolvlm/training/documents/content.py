@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from smolvlm.training.documents.vocabulary import belongs
@@ -25,11 +25,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A visual line: cells from left to right that do not reach into each other."""
+    """A visual line: cells from left to right that do not reach into each other.
+
+    has_rule: whether a rule may be drawn under it. gap: room above it in lines of body text.
+    """
 
     cells: tuple[Cell, ...]
     is_heading: bool = False
     has_rule: bool = False
+    gap: float = 0.0
 
     @property
     def text(self) -> str:
@@ -134,9 +138,15 @@ def paragraph(writer: Writer, space: Space) -> Content:
     tokens = [token for _ in range(rows) for token in writer.sentence()]
     lines = wrap(tokens, Space(space.columns, rows, space.chars)) or [_short(writer, space.columns)]
     align: Align = writer.random.choice(("left", "left", "left", "both", "both", "center", "right"))
-    if align == "both":
-        return Content((*_rows(lines[:-1], "both"), *_rows(lines[-1:])))
-    return Content(_rows(lines, align))
+    body = (*_rows(lines[:-1], "both"), *_rows(lines[-1:])) if align == "both" else _rows(lines, align)
+    return Content((*_paragraph_title(writer, align), *body))
+
+
+def _paragraph_title(writer: Writer, align: Align) -> tuple[Row, ...]:
+    if writer.random.random() < 0.75:
+        return ()
+    title = writer.title(writer.random.randint(1, 3), 10)
+    return (Row((Cell(title, "left" if align == "both" else align),), is_heading=True),)
 
 
 def dense(writer: Writer, space: Space) -> Content:
@@ -155,13 +165,23 @@ def receipt(writer: Writer, space: Space) -> Content:
     currency = writer.random.choice(("", "", "$", "£", "€"))
     shown = [_pair(_item_name(writer, space, len(currency + price)), currency + price, space) for price in items]
     labels = [label for label in TOTALS if len(label) + len(currency + total) < space.columns] or ["SUM"]
-    due = Row(_pair(writer.pick(*labels), currency + total, space).cells, is_heading=True, has_rule=True)
+    due = Row(_pair(writer.pick(*labels), currency + total, space).cells, is_heading=True)
     needed = [_shop(writer, space), *shown, due]
     details, tail = _receipt_details(writer, space), _receipt_tail(writer, space)
     while (details or tail) and not _fit([*needed, *details, *tail], space):
         (tail or details).pop()
-    rows = [needed[0], *details, *needed[1:], *tail]
-    return Content(tuple(rows), writer.random.choice(("none", "dashes", "lines", "none")))
+    blocks = [[needed[0], *details], shown, [due], tail]
+    return Content(_apart(writer, blocks), writer.random.choice(("none", "dashes", "lines", "lines")))
+
+
+def _apart(writer: Writer, blocks: list[list[Row]]) -> tuple[Row, ...]:
+    """Set blocks of rows one below the other, some with a rule under them, some with room above."""
+    rows: list[Row] = []
+    for first, *others in filter(None, blocks):
+        gap = writer.random.uniform(0.2, 0.9) if rows and writer.random.random() < 0.5 else 0.0
+        rows += [replace(first, gap=gap), *others]
+        rows[-1] = replace(rows[-1], has_rule=writer.random.random() < 0.6)
+    return tuple(rows)
 
 
 def _fit(rows: list[Row], space: Space) -> bool:

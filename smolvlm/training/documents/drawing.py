@@ -25,7 +25,7 @@ def draw(
     page: Page, size: tuple[int, int], font_size: float, look: Look, warp: Warp | None, random: Random
 ) -> Image.Image:
     """Draw the page on an image of the size (width, height), its type `font_size` pixels high; RGB."""
-    ink = draw_ink(page, size, look)
+    ink = draw_ink(page, size, font_size, look)
     if warp:
         ink = warp.image(ink)
     if look.blur * font_size > LEAST_BLUR:
@@ -36,14 +36,16 @@ def draw(
     return _compressed(image, look.quality) if look.quality else image
 
 
-def draw_ink(page: Page, size: tuple[int, int], look: Look) -> Image.Image:
-    """Draw how much ink there is on the page of the size (width, height), 0 to 255; L."""
+def draw_ink(page: Page, size: tuple[int, int], font_size: float, look: Look) -> Image.Image:
+    """Draw how much ink there is on the page of the size (width, height), its type `font_size` pixels high; 0 to 255,
+    L."""
     ink = Image.new("L", size)
     pen = ImageDraw.Draw(ink)
     for band in page.bands:
         pen.rectangle(band, round(COVER * look.band))
-    for x0, y0, x1, y1 in page.lines:
-        pen.line((x0, y0, x1, y1), round(COVER * look.rule), 1 + min(size) // 400)
+    stroke = max(round(look.stroke * font_size), 1)
+    for line in page.lines:
+        pen.line(line, round(COVER * look.rule), stroke)
     for run in page.runs:
         pen.text((run.x, run.y), run.text, COVER, run.face.font, anchor="ls")
     return ink

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ OVERHANG = 0.25  # of the size: how far the ink of an italic or accented glyph m
 
 @dataclass(frozen=True)
 class Type:
-    """How text is set: the faces of one size, letter spacing in pixels, the pitch of rows in line heights."""
+    """How text is set: the faces, letter spacing in pixels, the pitch of rows in line heights."""
 
     body: Face
     heading: Face
@@ -30,6 +31,15 @@ class Type:
 
     def face(self, row: Row) -> Face:
         return self.heading if row.is_heading else self.body
+
+    def height(self, row: Row) -> float:
+        """The pixels that a row takes up, the gap above it left out."""
+        face = self.face(row)
+        return (face.ascent + face.descent) * self.leading
+
+    def bottoms(self, rows: tuple[Row, ...]) -> list[float]:
+        """Where each row ends, in pixels from the top of the first."""
+        return list(accumulate(self.height(row) + row.gap * self.pitch for row in rows))
 
     def width(self, text: str, face: Face) -> float:
         return face.length(text) + self.tracking * len(text)
@@ -60,7 +70,7 @@ class Page:
 def overflow(content: Content, kind: Type, area: Rectangle) -> float:
     """Return how many times too large the type is for the area; at most 1 if all fits."""
     width, height = area[2] - area[0], area[3] - area[1]
-    needed = len(content.rows) * kind.pitch / height
+    needed = kind.bottoms(content.rows)[-1] / height
     for row in content.rows:
         for cell in row.cells:
             room = (cell.end - cell.start) * width - _gap(kind, row)
@@ -78,8 +88,8 @@ def place(content: Content, kind: Type, area: Rectangle, slack: tuple[float, flo
     area = _block(content, kind, area, slack)
     runs: list[Run] = []
     boxes: list[Rectangle] = []
-    for number, row in enumerate(content.rows):
-        baseline = area[1] + number * kind.pitch + kind.body.ascent + kind.pitch * (1 - 1 / kind.leading) / 2
+    for row, bottom in zip(content.rows, kind.bottoms(content.rows), strict=True):
+        baseline = area[1] + bottom - kind.face(row).descent - kind.height(row) * (1 - 1 / kind.leading) / 2
         for cell in row.cells:
             boxes += [NOWHERE] * bool(boxes)
             stretch = _stretch(cell, kind, row, area)
@@ -95,13 +105,13 @@ def place(content: Content, kind: Type, area: Rectangle, slack: tuple[float, flo
 def _block(content: Content, kind: Type, area: Rectangle, slack: tuple[float, float]) -> Rectangle:
     """Shrink the area to the height of the text and, where rows are not split into cells, to its width."""
     x0, y0, x1, y1 = area
-    spare = y1 - y0 - len(content.rows) * kind.pitch
-    y0 += spare * slack[1]
+    height = kind.bottoms(content.rows)[-1]
+    y0 += (y1 - y0 - height) * slack[1]
     if all(len(row.cells) == 1 for row in content.rows):
         widest = max(kind.width(row.text, kind.face(row)) for row in content.rows)
         x0 += (x1 - x0 - widest) * slack[0]
         x1 = x0 + widest
-    return x0, y0, x1, y0 + len(content.rows) * kind.pitch
+    return x0, y0, x1, y0 + height
 
 
 def _left(cell: Cell, kind: Type, row: Row, area: Rectangle) -> float:
@@ -143,21 +153,21 @@ def _words(
 def _bands(content: Content, kind: Type, area: Rectangle) -> tuple[Rectangle, ...]:
     if content.rules not in ("grid", "frame"):
         return ()
-    tops = [area[1] + number * kind.pitch for number, row in enumerate(content.rows) if row.is_heading]
+    ends = zip(content.rows, kind.bottoms(content.rows), strict=True)
+    bands = [(area[1] + end - kind.height(row), area[1] + end) for row, end in ends if row.is_heading]
     pad = kind.body.size * OVERHANG
-    return tuple((area[0] - pad, top, area[2] + pad, top + kind.pitch) for top in tops)
+    return tuple((area[0] - pad, top, area[2] + pad, bottom) for top, bottom in bands)
 
 
 def _lines(content: Content, kind: Type, area: Rectangle) -> tuple[Rectangle, ...]:
     x0, y0, x1, y1 = area
-    pitch = kind.pitch
     if content.rules == "none":
         return ()
+    ends = list(_rule_heights(content, kind, y0))
     if content.rules == "dashes":
-        ends = [y0 + pitch * (n + 1) for n, row in enumerate(content.rows) if row.has_rule]
         step = kind.body.size / 2
         return tuple((x, y, x + step / 2, y) for y in ends for x in np.arange(x0, x1 - step / 2, step).tolist())
-    under = [(x0, y0 + pitch * (n + 1), x1, y0 + pitch * (n + 1)) for n, row in enumerate(content.rows) if row.has_rule]
+    under = [(x0, y, x1, y) for y in ends]
     pad = kind.body.size * OVERHANG
     frame = [
         (x0 - pad, y0, x1 + pad, y0),
@@ -171,3 +181,11 @@ def _lines(content: Content, kind: Type, area: Rectangle) -> tuple[Rectangle, ..
         return tuple(under)
     starts = {cell.start for row in content.rows for cell in row.cells if cell.start > 0}
     return (*under, *frame, *((x0 + (x1 - x0) * s, y0, x0 + (x1 - x0) * s, y1) for s in sorted(starts)))
+
+
+def _rule_heights(content: Content, kind: Type, top: float) -> Iterator[float]:
+    """Yield where the rule under a row is drawn: in the middle of the gap below it."""
+    rows = content.rows
+    for row, below, bottom in zip(rows, (*rows[1:], None), kind.bottoms(rows), strict=True):
+        if row.has_rule:
+            yield top + bottom + (below.gap * kind.pitch / 2 if below else 0.0)

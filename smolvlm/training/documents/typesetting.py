@@ -29,20 +29,22 @@ def choose_page_size(random: Random, kind: str, options: DocumentOptions) -> tup
 
 @dataclass(frozen=True)
 class Setting:
-    """What is drawn once for a document's type: styles, sizes in pixels, letter spacing in font sizes, margins."""
+    """What is drawn once for a document's type: styles, sizes in pixels, the size of headings in font sizes as letter
+    spacing is, margins."""
 
     body: Style
     heading: Style
     smallest: float
     wanted: float
+    title: float
     spacing: float
     leading: float
     margin: float
     slack: tuple[float, float]
 
     def type(self, pixels: float) -> Type:
-        size = max(int(pixels / STEP), 1) * STEP
-        return Type(face(self.body.path, size), face(self.heading.path, size), self.spacing * size, self.leading)
+        size, larger = (max(int(pixels * share / STEP), 1) * STEP for share in (1.0, self.title))
+        return Type(face(self.body.path, size), face(self.heading.path, larger), self.spacing * size, self.leading)
 
 
 def choose_setting(
@@ -57,6 +59,7 @@ def choose_setting(
         *_two_styles(random, named),
         smallest=smallest,
         wanted=exp(random.uniform(log(smallest), log(largest))),
+        title=random.choice((1.0, 1.0, random.uniform(1.1, 1.5))),
         spacing=random.choice((0.0, 0.0, 0.0, random.uniform(0.01, 0.1))),
         leading=random.uniform(1.02, 1.4),
         margin=0.0 if kind == "dense" else random.uniform(0, 0.06) * max(size),
