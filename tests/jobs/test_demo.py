@@ -54,4 +54,4 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     assert rows.keys() == demo_images().keys() - {BROKEN}
     assert all(status == "ok" and text for status, _, text in rows.values())
     receipts = [(demo_images()[name].text, text) for name, (_, _, text) in rows.items() if name.startswith("receipt")]
-    assert measure(receipts).cer.value < 0.15  # most of it; the bundled model is a small one
+    assert measure(receipts).cer.value < 0.03  # all but a space or a letter; the bundled model is a small one

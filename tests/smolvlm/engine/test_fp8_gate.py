@@ -7,28 +7,53 @@ import pytest
 from smolvlm import Engine, Processor, SamplingParams
 from smolvlm.hub import BUNDLED
 from smolvlm.processor import ModelInput
-from smolvlm.training.documents import DocumentGenerator, DocumentOptions
+from smolvlm.training.documents import Document, DocumentGenerator, DocumentOptions
+from smolvlm.training.metrics import measure
 
 EASY = DocumentOptions(kinds={"word": 1.0, "line": 1.0, "receipt": 1.0}, text_px=(16.0, 28.0), degraded_share=0.0)
 PROMPT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Transcribe all text."}]}]
-PARAMS = SamplingParams(max_new_tokens=80)
-DOCUMENTS, LEAST_EQUAL = 12, 11
+PARAMS = SamplingParams(max_new_tokens=200)
+LEAST_EQUAL = 0.85  # of the texts; one character of a long one that was in doubt already makes it another
+MOST_ADDED = 0.005  # to the share of wrong characters
 
 
 @pytest.fixture(scope="module")
-def inputs() -> list[ModelInput]:
-    processor, generator = Processor.from_pretrained(BUNDLED), DocumentGenerator("held_out", 5, EASY)
-    return [processor(PROMPT, [generator.document(index).image]) for index in range(DOCUMENTS)]
+def processor() -> Processor:
+    return Processor.from_pretrained(BUNDLED)
 
 
 @pytest.fixture(scope="module")
-def exact(inputs: list[ModelInput]) -> list[list[int]]:
-    return [each.token_ids for each in Engine.from_pretrained(BUNDLED).generate(inputs, PARAMS)]
+def documents() -> list[Document]:
+    return list(map(DocumentGenerator("held_out", 5, EASY).document, range(60)))
+
+
+@pytest.fixture(scope="module")
+def inputs(processor: Processor, documents: list[Document]) -> list[ModelInput]:
+    return [processor(PROMPT, [document.image]) for document in documents]
+
+
+@pytest.fixture(scope="module")
+def exact(processor: Processor, inputs: list[ModelInput]) -> list[str]:
+    return read(processor, inputs)
+
+
+def read(processor: Processor, inputs: list[ModelInput], **options: Any) -> list[str]:
+    completions = Engine.from_pretrained(BUNDLED, **options).generate(inputs, PARAMS)
+    return [processor.decode(completion.token_ids).strip() for completion in completions]
+
+
+def error_rate(documents: list[Document], texts: list[str]) -> float:
+    return measure([(document.text, text) for document, text in zip(documents, texts, strict=True)]).cer.value
 
 
 @pytest.mark.parametrize("option", [{"quantization": "fp8"}, {"kv_cache_dtype": "fp8"}])
 def test_answers_stay_those_of_float32(
-    option: dict[str, Any], inputs: list[ModelInput], exact: list[list[int]]
+    option: dict[str, Any],
+    processor: Processor,
+    documents: list[Document],
+    inputs: list[ModelInput],
+    exact: list[str],
 ) -> None:
-    found = Engine.from_pretrained(BUNDLED, **option).generate(inputs, PARAMS)
-    assert sum(one.token_ids == other for one, other in zip(found, exact, strict=True)) >= LEAST_EQUAL
+    found = read(processor, inputs, **option)
+    assert sum(map(str.__eq__, found, exact)) >= LEAST_EQUAL * len(exact)
+    assert error_rate(documents, found) <= error_rate(documents, exact) + MOST_ADDED
