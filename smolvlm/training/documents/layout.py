@@ -27,14 +27,16 @@ class Type:
 
     @property
     def pitch(self) -> float:
-        return (self.body.ascent + self.body.descent) * self.leading
+        return self._height(self.body)
 
     def face(self, row: Row) -> Face:
         return self.heading if row.is_heading else self.body
 
     def height(self, row: Row) -> float:
         """The pixels that a row takes up, the gap above it left out."""
-        face = self.face(row)
+        return self._height(self.face(row))
+
+    def _height(self, face: Face) -> float:
         return (face.ascent + face.descent) * self.leading
 
     def bottoms(self, rows: tuple[Row, ...]) -> list[float]:
