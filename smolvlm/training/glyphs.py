@@ -1,7 +1,7 @@
 """Dense supervision for reading: which characters lie in each patch, and which image token shows which character.
 
 A character belongs to the patch that holds the middle of its box, in every tile that shows it: in a split image that is
-one of the crops and the global tile.
+one of the crops and the global tile. A space has no ink: it belongs to the patch where the letter before it ends.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from smolvlm.config import ModelConfig
 from smolvlm.image import Tiles
 
 SLOTS = 4  # characters told apart in one patch; more than these are left out
-CHARACTERS = "".join(map(chr, range(33, 127))) + "£€°§éèüöäñç"
+CHARACTERS = "".join(map(chr, range(32, 127))) + "£€°§éèüöäñç"
 BLANK, OTHER = 0, 1
 NUM_CLASSES = len(CHARACTERS) + 2
 _CLASS_OF = {character: index + 2 for index, character in enumerate(CHARACTERS)}
@@ -25,13 +25,13 @@ Int64 = npt.NDArray[np.int64]
 def glyph_targets(text: str, boxes: Floats, size: tuple[int, int], tiles: Tiles, config: ModelConfig) -> Int64:
     """Classes int64 [N, P, SLOTS] of the characters in each patch, in the order of the text, then BLANK.
 
-    `boxes` are float32 [len(text), 4] in pixels of an image of `size` (width, height).
+    `boxes` are float32 [len(text), 4] in pixels of an image of `size` (width, height), NaN for white space.
     """
     num_patches = config.vision.num_patches
     targets = np.full((len(tiles.pixels) * num_patches, SLOTS), BLANK, np.int64)
     used = np.zeros(len(targets), np.int64)
     classes = [_CLASS_OF.get(character, OTHER) for character in text]
-    for places in _patches(boxes, size, tiles, config):
+    for places in _patches(_with_spaces(text, boxes), size, tiles, config):
         for place, glyph in zip(places.tolist(), classes, strict=True):
             if place >= 0 and used[place] < SLOTS:
                 targets[place, used[place]] = glyph
@@ -54,6 +54,14 @@ def image_token_of(boxes: Floats, size: tuple[int, int], tiles: Tiles, config: M
         if tokens[index] < 0:
             tokens[index] = tokens[index + 1]
     return tokens
+
+
+def _with_spaces(text: str, boxes: Floats) -> Floats:
+    """Give every space after a letter the right edge of that letter for a box."""
+    letters = np.array([index for index, character in enumerate(text[1:]) if character == " "], np.int64)
+    boxes = boxes.copy()
+    boxes[letters + 1] = boxes[letters][:, [2, 1, 2, 3]]
+    return boxes
 
 
 def _patches(boxes: Floats, size: tuple[int, int], tiles: Tiles, config: ModelConfig) -> list[Int64]:

@@ -6,17 +6,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from PIL import Image
+from easy_documents import PROMPT, bundled_inputs, easy_documents
 from pydantic import TypeAdapter
 
 from smolvlm import Engine, Processor, SamplingParams
 from smolvlm.hub import BUNDLED, BUNDLED_DIRECTORY
-from smolvlm.training.documents import DocumentGenerator, DocumentOptions
 from smolvlm.training.plan import TrainingPlan
 
 MOST_BYTES = 40_000_000
-PROMPT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Transcribe all text."}]}]
-EASY = DocumentOptions(kinds={"word": 1.0, "line": 1.0, "receipt": 1.0}, text_px=(16.0, 28.0), degraded_share=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +41,6 @@ def reference() -> Iterator[Any]:
     torch.set_num_threads(threads)
 
 
-def documents(count: int) -> list[tuple[Image.Image, str]]:
-    generator = DocumentGenerator("train", 5, EASY)
-    return [(document.image, document.text) for document in map(generator.document, range(count))]
-
-
 def test_it_is_small_and_brings_its_recipe_and_card() -> None:
     files = {path.name: path for path in BUNDLED_DIRECTORY.iterdir()}
     assert {"config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors"} <= files.keys()
@@ -65,7 +57,7 @@ def test_it_is_small_and_brings_its_recipe_and_card() -> None:
 
 
 def test_transformers_reads_the_same_text(processor: Processor, engine: Engine, reference: Any) -> None:
-    inputs = [processor(PROMPT, [image]) for image, _ in documents(6)]
+    inputs = bundled_inputs(easy_documents(6))
     ours = engine.generate(inputs, SamplingParams(max_new_tokens=160))
     for model_input, completion in zip(inputs, ours, strict=True):
         pixels = torch.from_numpy(model_input.tiles[0].pixels).permute(0, 3, 1, 2).float() / 255
@@ -85,7 +77,7 @@ def test_transformers_prepares_the_same_input(processor: Processor) -> None:
     from transformers import AutoProcessor
 
     theirs: Any = AutoProcessor.from_pretrained(BUNDLED_DIRECTORY, backend="pil")
-    image, _ = documents(1)[0]
+    image = easy_documents(1)[0].image
     prompt = theirs.apply_chat_template(PROMPT, add_generation_prompt=True)
     prepared = theirs(text=prompt, images=[image], return_tensors="pt")
     ours = processor(PROMPT, [image])

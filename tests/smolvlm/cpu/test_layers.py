@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from easy_documents import bundled_inputs, easy_documents
 from torch import Tensor, nn
 
-from smolvlm import Engine, Processor, SamplingParams
+from smolvlm import Engine, SamplingParams
 from smolvlm.attention import packed_prefill
 from smolvlm.cpu import layers
 from smolvlm.cpu.layers import Int8TextLayer, Int8VisionLayer, check_int8, quantize_layers
@@ -14,13 +15,10 @@ from smolvlm.cpu.linear import has_int8
 from smolvlm.hub import BUNDLED, BUNDLED_DIRECTORY
 from smolvlm.model import SmolVLM
 from smolvlm.processor import ModelInput
-from smolvlm.training.documents import DocumentGenerator, DocumentOptions
 
 needs_int8 = pytest.mark.skipif(not has_int8(), reason="no C++ compiler, or no AVX2")
 PARAMS = SamplingParams(max_new_tokens=80)
 CPU = torch.device("cpu")
-PROMPT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Transcribe all text."}]}]
-EASY = DocumentOptions(kinds={"word": 1.0, "line": 1.0, "receipt": 1.0}, text_px=(16.0, 28.0), degraded_share=0.0)
 MOST_ERROR = 0.03  # of the norm of the logits of an answer; it is 0.01 as a rule, in bfloat16 0.006
 LEAST_AGREEMENT = 0.95  # of the answers' tokens, up to the first that differs
 
@@ -32,18 +30,13 @@ def one_thread(threads_given_back: None) -> None:
 
 @pytest.fixture(scope="module")
 def inputs() -> list[ModelInput]:
-    return documents(16)
+    return bundled_inputs(easy_documents(16))
 
 
 @pytest.fixture(scope="module")
 def answers(inputs: list[ModelInput]) -> list[list[int]]:
     """In float32."""
     return [each.token_ids for each in Engine.from_pretrained(BUNDLED).generate(inputs, PARAMS)]
-
-
-def documents(count: int) -> list[ModelInput]:
-    processor, generator = Processor.from_pretrained(BUNDLED), DocumentGenerator("held_out", 5, EASY)
-    return [processor(PROMPT, [generator.document(index).image]) for index in range(count)]
 
 
 def logits(model: SmolVLM, model_input: ModelInput, answer: list[int]) -> Tensor:

@@ -5,22 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from easy_documents import bundled_inputs, easy_documents
 from fixture_types import MakeEngine, MakeInput, MakeTiles
 
-from smolvlm import Engine, Processor, SamplingParams
+from smolvlm import Engine, SamplingParams
 from smolvlm.engine.cuda_graph import GraphCapture
 from smolvlm.engine.vision_stream import vision_stream
 from smolvlm.hub import BUNDLED
 from smolvlm.precision import has_fp8
 from smolvlm.processor import ModelInput
-from smolvlm.training.documents import DocumentGenerator, DocumentOptions
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1",
     reason="needs a CUDA device, and TRITON_INTERPRET=0",
 )
 
-EASY = DocumentOptions(kinds={"word": 1.0, "line": 1.0, "receipt": 1.0}, text_px=(16.0, 28.0), degraded_share=0.0)
 GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)
 
 
@@ -90,9 +89,7 @@ def test_another_stream_waits_on_the_device_and_the_host_does_not() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available() or not has_fp8(torch.device("cuda")), reason="needs 8-bit floats")
 def test_an_encoder_in_8_bit_floats_reads_as_on_a_cpu() -> None:
     """The bundled model, whose sizes the products take. The CPU's products sum in another order."""
-    processor, generator = Processor.from_pretrained(BUNDLED), DocumentGenerator("held_out", 5, EASY)
-    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Transcribe all text."}]}]
-    inputs = [processor(prompt, [generator.document(index).image]) for index in range(8)]
+    inputs = bundled_inputs(easy_documents(8))
     engines = (Engine.from_pretrained(BUNDLED, place, "bfloat16", quantization="fp8") for place in ("cuda", "cpu"))
     ours, theirs = (engine.generate(inputs, SamplingParams(max_new_tokens=80)) for engine in engines)
     same = [one.token_ids == other.token_ids for one, other in zip(ours, theirs, strict=True)]

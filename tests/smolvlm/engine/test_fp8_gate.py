@@ -3,15 +3,14 @@
 from typing import Any
 
 import pytest
+from easy_documents import bundled_inputs, easy_documents
 
 from smolvlm import Engine, Processor, SamplingParams
 from smolvlm.hub import BUNDLED
 from smolvlm.processor import ModelInput
-from smolvlm.training.documents import Document, DocumentGenerator, DocumentOptions
+from smolvlm.training.documents import Document
 from smolvlm.training.metrics import measure
 
-EASY = DocumentOptions(kinds={"word": 1.0, "line": 1.0, "receipt": 1.0}, text_px=(16.0, 28.0), degraded_share=0.0)
-PROMPT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Transcribe all text."}]}]
 PARAMS = SamplingParams(max_new_tokens=200)
 LEAST_EQUAL = 0.85  # of the texts; one character of a long one that was in doubt already makes it another
 MOST_ADDED = 0.005  # to the share of wrong characters
@@ -24,12 +23,12 @@ def processor() -> Processor:
 
 @pytest.fixture(scope="module")
 def documents() -> list[Document]:
-    return list(map(DocumentGenerator("held_out", 5, EASY).document, range(60)))
+    return easy_documents(60)
 
 
 @pytest.fixture(scope="module")
-def inputs(processor: Processor, documents: list[Document]) -> list[ModelInput]:
-    return [processor(PROMPT, [document.image]) for document in documents]
+def inputs(documents: list[Document]) -> list[ModelInput]:
+    return bundled_inputs(documents)
 
 
 @pytest.fixture(scope="module")

@@ -45,9 +45,21 @@ def filled(targets: np.ndarray) -> dict[tuple[int, int], list[int]]:
 
 def test_a_character_is_in_the_patch_of_its_middle(single: ModelConfig) -> None:
     boxes = np.array([box(4, 4), NAN, box(20, 4), box(60, 60)], np.float32)
-    targets = glyph_targets("a bZ", boxes, (64, 64), tiles_of((64, 64), single), single)
+    targets = glyph_targets("a\nbZ", boxes, (64, 64), tiles_of((64, 64), single), single)
     assert targets.shape == (1, 64, SLOTS)
     assert filled(targets) == {(0, 0): [class_of("a")], (0, 2): [class_of("b")], (0, 63): [class_of("Z")]}
+
+
+def test_a_space_is_in_the_patch_where_the_letter_before_it_ends(single: ModelConfig) -> None:
+    boxes = np.array([NAN, box(4, 4), NAN, box(31, 4), NAN, NAN, box(60, 60), NAN], np.float32)
+    targets = glyph_targets(" a b  Z ", boxes, (64, 64), tiles_of((64, 64), single), single)
+    space = class_of(" ")  # the first follows no letter and the second of two only a space: they are nowhere
+    assert filled(targets) == {
+        (0, 0): [class_of("a"), space],
+        (0, 3): [class_of("b")],
+        (0, 4): [space],
+        (0, 63): [class_of("Z"), space],
+    }
 
 
 def test_boxes_are_in_pixels_of_the_image_not_of_the_tile(single: ModelConfig) -> None:
