@@ -43,12 +43,12 @@ class Node:
     gpus: float
     object_store_bytes: int
     inspector: Any
-    loading: Any | None
-    """The seconds that loading the weights will have taken; None where no engine can run."""
+    engine: Any | None
+    """The seconds that making an engine will have taken; None where none can run."""
 
 
 def preflight(job: Job, secrets: Sequence[str] = ()) -> list[Check]:
-    """Check the cluster that this process is connected to. Takes as long as the slowest node loads the weights.
+    """Check the cluster that this process is connected to. Takes as long as the slowest node makes an engine.
 
     `secrets` are names of environment variables that every node must have.
     """
@@ -67,17 +67,17 @@ def _node(described: dict[str, Any], job: Job) -> Node:
     place = NodeAffinitySchedulingStrategy(described["NodeID"], soft=False)
     actor: Any = ray.remote(Inspector)
     inspector = actor.options(num_cpus=0, scheduling_strategy=place).remote()
-    loading, gpus, wanted = None, resources.get("GPU", 0.0), job.engine.gpus
+    engine, gpus, wanted = None, resources.get("GPU", 0.0), job.engine.gpus
     if job.engine.mode == "dedicated" and gpus >= wanted:
         # An actor of its own: it may need a GPU, and all nodes load at once while other things are looked at.
-        loader = actor.options(num_cpus=0, num_gpus=wanted, scheduling_strategy=place).remote()
-        loading = loader.load.remote(job.model, "cuda" if wanted else "cpu")
+        maker = actor.options(num_cpus=0, num_gpus=wanted, scheduling_strategy=place).remote()
+        engine = maker.make_engine.remote(job.model, "cuda" if wanted else "cpu")
     return Node(
         address=f"{described['NodeManagerAddress']}:{described['NodeManagerPort']}",
         gpus=gpus,
         object_store_bytes=int(resources.get("object_store_memory", 0)),
         inspector=inspector,
-        loading=loading,
+        engine=engine,
     )
 
 
@@ -99,8 +99,8 @@ def _check_node(job: Job, node: Node, here: Facts, secrets: Sequence[str], first
         remedy = "give this node the credentials and the way to the store that the first one has"
         yield _tried("source", node.address, lambda: f"{_ask(node.inspector.read, location):,} bytes", remedy)
     yield _check_destination(job, node)
-    if node.loading is not None:
-        yield _check_weights(node)
+    if node.engine is not None:
+        yield _check_engine(node)
 
 
 def check_versions(address: str, here: Facts, there: Facts) -> Check:
@@ -188,10 +188,12 @@ def _check_destination(job: Job, node: Node) -> Check:
     return _tried("destination", node.address, write, remedy)
 
 
-def _check_weights(node: Node) -> Check:
-    remedy = "check model.id and HF_TOKEN, that the node reaches the hub or has the directory, and that its GPU is free"
-    loading: Any = node.loading
-    return _tried("weights", node.address, lambda: f"loaded in {ray.get(loading, timeout=LOAD_S):.1f} s", remedy)
+def _check_engine(node: Node) -> Check:
+    remedy = (
+        "check the job's `model` and HF_TOKEN, that the node reaches the hub or has the directory, that its GPU is free"
+    )
+    engine: Any = node.engine
+    return _tried("engine", node.address, lambda: f"made in {ray.get(engine, timeout=LOAD_S):.1f} s", remedy)
 
 
 def _tried(name: str, address: str, call: Callable[[], str], remedy: str) -> Check:

@@ -75,18 +75,19 @@ class Inspector:
             place.delete()
         return None
 
-    def load(self, model: Model, device: str) -> float:
-        """Load the checkpoint's weights and return the seconds it took."""
-        import torch
-
-        from smolvlm.hub import resolve_checkpoint
-        from smolvlm.model import SmolVLM
-        from smolvlm.precision import dtype_named
+    def make_engine(self, model: Model, device: str) -> float:
+        """Make the engine of a run, with weights, 8-bit numbers and cache, and return the seconds it took."""
+        from smolvlm import Engine
 
         started = time.monotonic()
-        directory = resolve_checkpoint(model.id, model.revision)
-        place = torch.device(device)
-        SmolVLM.from_pretrained(directory, place, dtype_named(model.dtype, place))
+        Engine.from_pretrained(
+            model.id,
+            device,
+            model.dtype,
+            model.revision,
+            quantization=model.quantization,
+            kv_cache_dtype=model.kv_cache_dtype,
+        )
         return time.monotonic() - started
 
 

@@ -1,7 +1,6 @@
 """Jobs on a real cluster of two nodes that asks for a token, through the command line; and what they leave nowhere."""
 
 import json
-import re
 import secrets
 import subprocess
 import sys
@@ -22,8 +21,6 @@ from waiting import wait_for
 from cluster.local import LocalCluster, local_cluster
 from jobs import spec
 from jobs.cli import app
-from jobs.preflight import check_memory, check_node_gpus, check_versions
-from jobs.preflight_node import facts
 from jobs.submit import Shipping, Submitted, check_names, entrypoint, exit_code, pack
 from pipeline.errors import ConfigError
 
@@ -88,7 +85,7 @@ def test_a_job_goes_to_the_cluster_and_leaves_rows_and_no_secret(
     for command in ("logs --follow", "status", "cancel"):
         assert f"smolvlm {command} {submission_id} --address {cluster.dashboard}" in done.stderr
     checks = [line.split()[:2] for line in done.stdout.splitlines() if line.startswith(("ok ", "FAIL"))]
-    names = ("versions", "memory", "GPUs", "clock", "secrets", "source", "destination", "weights")
+    names = ("versions", "memory", "GPUs", "clock", "secrets", "source", "destination", "engine")
     assert sorted(checks) == sorted([["ok", "GPUs"], ["ok", "listing"], *([["ok", name] for name in names] * 2)])
     assert {"event": "summary", "rows": 6, "ok": 6}.items() <= last_object(done.stdout).items()
     assert {"rows": 6, "ok": 6, "missing": 0, "duplicate": 0}.items() <= verified(tmp_path / "out").items()
@@ -252,28 +249,6 @@ class TestShipping:
         cases[("STOPPED", None)] = 130
         for (state, code), expected in cases.items():
             assert exit_code(replace(ended, state=state, exit_code=code), failed=1, interrupted=130) == expected
-
-
-class TestChecks:
-    def test_other_versions_are_named(self) -> None:
-        here = facts()
-        there = replace(here, versions={**here.versions, "torch": "1.0", "smolvlm-pipeline": "not installed"})
-        assert check_versions("n", here, here).passed
-        check = check_versions("n", here, there)
-        assert not check.passed
-        assert check.found.startswith(f"torch 1.0, the driver has {here.versions['torch']}; smolvlm-pipeline not inst")
-        assert re.fullmatch(r"\d+\.\d+\.\d+", here.versions["python"])
-
-    def test_memory_has_to_be_enough_and_shared(self) -> None:
-        assert check_memory("n", 2 << 30, 2 << 30).passed
-        assert "--object-store-memory" in check_memory("n", 1 << 20, 2 << 30).remedy
-        assert not check_memory("n", 2 << 30, 64 << 20).passed
-        assert "--shm-size" in check_memory("n", 2 << 30, 64 << 20).remedy
-
-    def test_gpus_that_ray_does_not_know_are_told(self) -> None:
-        assert check_node_gpus("n", 4.0, 4).passed
-        assert not check_node_gpus("n", 0.0, 4).passed
-        assert "--num-gpus" in check_node_gpus("n", 0.0, 4).remedy
 
 
 def test_a_secret_in_a_job_file_goes_nowhere(tmp_path: Path, tiny_checkpoint: Path) -> None:
