@@ -71,7 +71,7 @@ def _node(described: dict[str, Any], job: Job) -> Node:
     if job.engine.mode == "dedicated" and gpus >= wanted:
         # An actor of its own: it may need a GPU, and all nodes load at once while other things are looked at.
         maker = actor.options(num_cpus=0, num_gpus=wanted, scheduling_strategy=place).remote()
-        engine = maker.make_engine.remote(job.model, "cuda" if wanted else "cpu")
+        engine = maker.make_engine.remote(job.model, job.engine)
     return Node(
         address=f"{described['NodeManagerAddress']}:{described['NodeManagerPort']}",
         gpus=gpus,

@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from uuid import uuid4
 
-from pipeline.job import Model, Output, Source
+from pipeline.engine_worker import make_engine
+from pipeline.job import EngineOptions, Model, Output, Source
 from pipeline.source import input_batches
 from pipeline.storage import Location
 
@@ -75,19 +76,10 @@ class Inspector:
             place.delete()
         return None
 
-    def make_engine(self, model: Model, device: str) -> float:
+    def make_engine(self, model: Model, options: EngineOptions) -> float:
         """Make the engine of a run, with weights, 8-bit numbers and cache, and return the seconds it took."""
-        from smolvlm import Engine
-
         started = time.monotonic()
-        Engine.from_pretrained(
-            model.id,
-            device,
-            model.dtype,
-            model.revision,
-            quantization=model.quantization,
-            kv_cache_dtype=model.kv_cache_dtype,
-        )
+        make_engine(model, options)
         return time.monotonic() - started
 
 

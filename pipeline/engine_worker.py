@@ -20,6 +20,7 @@ from pipeline.job import EngineOptions, Job, Model, Task
 from smolvlm.image import Tiles
 
 if TYPE_CHECKING:
+    from smolvlm import Engine
     from smolvlm.engine import Completion, Token
 
 
@@ -35,6 +36,25 @@ class Row:
     seed: int
 
 
+def make_engine(model: Model, options: EngineOptions) -> "Engine":
+    """Make the engine that a job asks for, on a GPU if it asks for one, else on the CPU.
+
+    Raises:
+        ValueError: the checkpoint does not load, or this device cannot do what is asked of it.
+    """
+    from smolvlm import Engine
+
+    return Engine.from_pretrained(
+        model.id,
+        "cuda" if options.gpus else "cpu",
+        model.dtype,
+        model.revision,
+        max_num_sequences=options.max_num_sequences,
+        quantization=model.quantization,
+        kv_cache_dtype=model.kv_cache_dtype,
+    )
+
+
 class EngineWorker:
     """The engine of `smolvlm`: `submit` and `answer` for batch rows, `stream` for online requests, which go first."""
 
@@ -42,25 +62,15 @@ class EngineWorker:
         # Imported here, in the actor: nobody else needs torch.
         import torch
 
-        from smolvlm import Engine, Processor
+        from smolvlm import Processor
         from smolvlm.engine import EngineLoop
 
-        device = "cuda" if options.gpus else "cpu"
-        if device == "cpu":
+        if not options.gpus:
             # Ray tells libraries to use as many threads as an actor reserves CPUs, here a fraction; the job decides.
             torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 1) // options.replicas[0]))
         self._model = model
         self._processor = Processor.from_pretrained(model.id, revision=model.revision)
-        engine = Engine.from_pretrained(
-            model.id,
-            device,
-            model.dtype,
-            model.revision,
-            max_num_sequences=options.max_num_sequences,
-            quantization=model.quantization,
-            kv_cache_dtype=model.kv_cache_dtype,
-        )
-        self._loop = EngineLoop(engine)
+        self._loop = EngineLoop(make_engine(model, options))
         self._online_requests = self._batch_rows = 0
 
     @classmethod

@@ -8,7 +8,9 @@ import pytest
 
 from jobs.preflight import check_memory, check_node_gpus, check_versions
 from jobs.preflight_node import Inspector, facts
-from pipeline.job import Model
+from pipeline.job import EngineOptions, Model
+
+ON_CPU = EngineOptions()
 
 
 def test_other_versions_are_named() -> None:
@@ -37,6 +39,6 @@ def test_gpus_that_ray_does_not_know_are_told() -> None:
 def test_an_engine_is_made_as_the_run_will_make_it(tiny_checkpoint: Path) -> None:
     """The sizes of this checkpoint are not those that products of 8-bit integers take: its weights alone would load."""
     model = Model(str(tiny_checkpoint), kv_cache_dtype="fp8")
-    assert Inspector().make_engine(model, "cpu") > 0
+    assert Inspector().make_engine(model, ON_CPU) > 0
     with pytest.raises(ValueError, match="quantization 'int8'"):
-        Inspector().make_engine(replace(model, quantization="int8"), "cpu")
+        Inspector().make_engine(replace(model, quantization="int8"), ON_CPU)
