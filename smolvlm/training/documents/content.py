@@ -156,7 +156,11 @@ def dense(writer: Writer, space: Space) -> Content:
     return Content(_rows(wrap(tokens, space) or [_short(writer, space.columns)]))
 
 
-TOTALS = ("TOTAL", "Total", "SUM", "Sum", "AMOUNT DUE", "Due", "TO PAY", "Balance", "GRAND TOTAL", "Net")
+# "Total" is held out: what training sees of it are its relatives, without which "TO" is only ever read before "PAY".
+TOTALS = (
+    "TOTAL", "Total", "SUM", "Sum", "AMOUNT DUE", "Due", "TO PAY", "Balance", "GRAND TOTAL", "Net", "TOTALS", "Totals",
+    "SUBTOTAL", "Subtotal",
+)  # fmt: skip
 
 
 def receipt(writer: Writer, space: Space) -> Content:

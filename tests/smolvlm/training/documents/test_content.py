@@ -3,9 +3,9 @@ from random import Random
 
 import pytest
 
-from smolvlm.training.documents.content import Space, wrap, write
+from smolvlm.training.documents.content import TOTALS, Space, wrap, write
 from smolvlm.training.documents.options import KINDS, Split
-from smolvlm.training.documents.vocabulary import CHARACTERS, belongs, units
+from smolvlm.training.documents.vocabulary import CHARACTERS, belongs, own, units
 from smolvlm.training.documents.writer import Writer
 
 WIDE = Space(columns=28, rows=10, chars=240)
@@ -55,6 +55,14 @@ def test_what_a_receipt_adds_up_to_is_its_total(space: Space) -> None:
         values = [row.cells[-1].text.lstrip("$£€") for row in rows[: total + 1] if len(row.cells) == 2]
         prices = [float(value) for value in values if re.fullmatch(r"\d+\.\d\d", value)]
         assert sum(prices[:-1]) == pytest.approx(prices[-1]), rows
+
+
+def test_training_reads_relatives_of_the_total_that_is_held_out() -> None:
+    shown, hidden = own(TOTALS, "train"), own(TOTALS, "held_out")
+    assert "TOTAL" in hidden
+    assert "TOTAL" not in shown
+    assert any(label.startswith("TOTAL") for label in shown)
+    assert any(label.endswith("TOTAL") for label in shown)
 
 
 def test_wrapping_keeps_order_and_leaves_out_what_is_too_long() -> None:
