@@ -26,6 +26,10 @@ def plan_mistakes(plan: TrainingPlan) -> Iterator[str]:
         yield "`compile`: true: does not go together with checkpoint_activations; choose one of them"
     for number, stage in enumerate(plan.stages):
         yield from _stage_mistakes(f"stages[{number}]", stage, plan)
+    names = [stage.name for stage in plan.stages]
+    for name in plan.average:
+        if names.count(name) != 1 or plan.average.count(name) != 1:
+            yield f"`average`: {name!r}: name a stage, once; the stages are {', '.join(names)}, and two alike do not do"
     evaluation = plan.evaluation
     if evaluation is not None and (evaluation.documents is None) == (evaluation.source is None):
         yield "`evaluation`: give either `documents` (built-in ones) or `source` (labelled images), and not both"

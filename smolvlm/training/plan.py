@@ -7,6 +7,7 @@ definition of each.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
@@ -117,6 +118,8 @@ class TrainingPlan:
     output: str
     start: Start
     stages: Annotated[tuple[Stage, ...], MinLen(1)]
+    average: tuple[str, ...] = ()
+    """Stages whose last weights the finished model is the mean of; left out, it is what the last stage ends with."""
     prompt: str = "Transcribe all text."
     source: LabelledData | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -140,6 +143,11 @@ class TrainingPlan:
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
+    @property
+    def ends(self) -> dict[str, int]:
+        """After how many steps of the run each stage ends."""
+        return dict(zip((stage.name for stage in self.stages), accumulate(s.steps for s in self.stages), strict=True))
+
     def stage_at(self, step: int) -> tuple[int, int]:
         """Which stage optimizer step `step` (from 0) belongs to, and the step inside it."""
         assert 0 <= step < self.total_steps
@@ -151,7 +159,7 @@ class TrainingPlan:
 
     def fingerprint(self, step: int) -> dict[str, Any]:
         """What must not change between a run and its resume after `step` steps; stages still to come may."""
-        free = {"output", "stages", "evaluation", "checkpoint_every", "data_workers", "compile",
+        free = {"output", "stages", "average", "evaluation", "checkpoint_every", "data_workers", "compile",
                 "checkpoint_activations", "save_dtype", "threads"}  # fmt: skip
         fixed = {name: value for name, value in asdict(self).items() if name not in free}
         begun = self.stage_at(step - 1)[0] + 1 if step else 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smolvlm.hub import resolve_checkpoint
+from smolvlm.training.averaging import check_ends, keep_end, take_mean
 from smolvlm.training.batches import Windows
 from smolvlm.training.checkpoint import check_unchanged, latest_checkpoint
 from smolvlm.training.checks import check_plan
@@ -61,6 +62,9 @@ def run_training(
     trainer = Trainer(plan, begin_from, process)
     if begin_from == latest_checkpoint(Path(plan.output)):
         trainer.resume(begin_from)
+    check_ends(plan, trainer.step)
+    if trainer.step == plan.total_steps:
+        take_mean(plan, trainer)
     log = MetricsLog(Path(plan.output), trainer.step) if process.rank == 0 else None
     for report in trainer.run(lambda number: _windows(plan, number, trainer, data.train)):
         is_last = report.step == plan.total_steps
@@ -68,8 +72,11 @@ def run_training(
         score = None
         if log is not None:  # of rank 0
             log.write(asdict(report) | {"time": round(time.time(), 3)})
+            keep_end(plan, trainer)  # first: what is resumed after the end of a stage counts on it
             if is_last or stops or report.step % plan.checkpoint_every == 0:
                 trainer.save()
+            if is_last:
+                take_mean(plan, trainer)
             score = _score(plan, trainer, data.held_out, report.step, is_last)
             if score is not None:
                 log.write({"step": report.step, "score": asdict(score)})
