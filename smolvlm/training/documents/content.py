@@ -241,7 +241,9 @@ def _item_name(writer: Writer, space: Space, taken: int) -> str:
     name = writer.word(min(room - len(amount), 12))
     if (left := room - len(amount) - len(name) - 1) > 2 and writer.random.random() < 0.6:
         name = f"{name} {writer.word(min(left, 10))}"
-    return amount + writer.random.choice((name.capitalize(), name, name.upper()))
+    name = writer.random.choice((name.capitalize(), name, name.upper()))
+    measured = f"{name} {writer.quantity()}"
+    return measured if not amount and len(measured) <= room and writer.random.random() < 0.4 else amount + name
 
 
 def form(writer: Writer, space: Space) -> Content:
@@ -282,10 +284,18 @@ def table(writer: Writer, space: Space) -> Content:
 
     header = Row(cells(lambda _: writer.word(room).capitalize()), is_heading=True, has_rule=True)
     body = [
-        Row(cells(lambda kind: _figure(writer, room) if kind else _short(writer, room)), has_rule=True)
+        Row(cells(lambda kind: _figure(writer, room) if kind else _entity(writer, room)), has_rule=True)
         for _ in range(rows - 1)
     ]
     return Content((header, *body), writer.random.choice(("grid", "lines", "none", "frame")))
+
+
+def _entity(writer: Writer, room: int) -> str:
+    """Draw a word or, where there is room, at times two, or one with a number."""
+    name = _short(writer, room)
+    second = writer.cased(4) if writer.random.random() < 0.5 else str(writer.random.randint(1, 999))
+    longer = f"{name} {second}"
+    return longer if len(longer) <= room and writer.random.random() < 0.3 else name
 
 
 def _figure(writer: Writer, room: int) -> str:
@@ -300,7 +310,7 @@ def sign(writer: Writer, space: Space) -> Content:
     casing = writer.random.choice((str.upper, str.upper, str.capitalize))
     words = [casing(writer.word(max(min(space.columns, 10), 3))) for _ in range(writer.random.randint(1, 6))]
     if writer.random.random() < 0.4:
-        words.append(writer.random.choice((writer.number, writer.money, writer.time))())
+        words.append(writer.random.choice((writer.number, writer.money, writer.time, writer.quantity))())
     lines = wrap(words, Space(space.columns, min(space.rows, 4), space.chars)) or [_short(writer, space.columns)]
     return Content(_rows(lines, "center"), writer.random.choice(("frame", "none", "none")))
 

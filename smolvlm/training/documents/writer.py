@@ -12,6 +12,7 @@ from smolvlm.training.documents.vocabulary import CHARACTERS, SHORTEST_UNIT, bel
 
 COMMONNESS = 2  # rank = size * u**COMMONNESS: the commonest words often, the rare ones not seldom
 SHORT_SHARE = 0.3
+UNITS = ("kg", "g", "l", "ml", "cm", "mm", "m", "km", "km/h", "oz", "lb", "pcs", "min", "h")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 DOMAINS = ("com", "org", "net", "io", "co.uk", "fr", "de", "eu")
 CURRENCIES = ("$", "$", "£", "€")
@@ -69,6 +70,10 @@ class Writer:
     def money(self) -> str:
         currency = self.random.choice(CURRENCIES)
         return self.own(lambda: f"{currency}{2000 * self.random.random() ** 3 + 1:,.2f}")
+
+    def quantity(self) -> str:
+        amount = self.random.choice((self.random.randint(1, 12), self.random.randint(1, 99) * 10, 0.5, 1.5))
+        return f"{amount} {self.random.choice(UNITS)}"
 
     def date(self) -> str:
         return self.own(self._date)

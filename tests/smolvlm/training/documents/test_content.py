@@ -6,7 +6,7 @@ import pytest
 from smolvlm.training.documents.content import TOTALS, Space, wrap, write
 from smolvlm.training.documents.options import KINDS, Split
 from smolvlm.training.documents.vocabulary import CHARACTERS, belongs, own, units
-from smolvlm.training.documents.writer import Writer
+from smolvlm.training.documents.writer import UNITS, Writer
 
 WIDE = Space(columns=28, rows=10, chars=240)
 
@@ -63,6 +63,19 @@ def test_training_reads_relatives_of_the_total_that_is_held_out() -> None:
     assert "TOTAL" not in shown
     assert any(label.startswith("TOTAL") for label in shown)
     assert any(label.endswith("TOTAL") for label in shown)
+
+
+def test_a_cell_of_a_table_holds_one_word_or_two() -> None:
+    tables = [write("table", Writer(Random(seed), "train"), WIDE) for seed in range(60)]
+    lengths = [len(cell.text.split(" ")) for table in tables for row in table.rows for cell in row.cells]
+    assert set(lengths) == {1, 2}
+    assert lengths.count(1) > 4 * lengths.count(2)
+
+
+def test_receipts_and_signs_measure_with_units() -> None:
+    for kind in ("receipt", "sign"):
+        texts = "\n".join(text_of(kind, seed, "train") for seed in range(60))
+        assert re.search(rf"[a-z] \d[\d.]* ({'|'.join(UNITS)})\b", texts, re.IGNORECASE), kind
 
 
 def test_wrapping_keeps_order_and_leaves_out_what_is_too_long() -> None:

@@ -8,7 +8,7 @@ from smolvlm.training.documents.writer import Writer
 
 DRAWS = [
     "word", "cased", "name", "number", "price", "money", "date", "time", "code", "phone", "email", "url", "token",
-    "noise", "quoted",
+    "noise", "quoted", "quantity",
 ]  # fmt: skip
 
 
