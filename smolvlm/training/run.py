@@ -67,25 +67,31 @@ def run_training(
         take_mean(plan, trainer)
     log = MetricsLog(Path(plan.output), trainer.step) if process.rank == 0 else None
     for report in trainer.run(lambda number: _windows(plan, number, trainer, data.train)):
-        is_last = report.step == plan.total_steps
-        stops = not is_last and trainer.is_wanted_by_any(is_stopping())
-        score = None
-        if log is not None:  # of rank 0
-            log.write(asdict(report) | {"time": round(time.time(), 3)})
-            keep_end(plan, trainer)  # first: what is resumed after the end of a stage counts on it
-            if is_last or stops or report.step % plan.checkpoint_every == 0:
-                trainer.save()
-            if is_last:
-                take_mean(plan, trainer)
-            score = _score(plan, trainer, data.held_out, report.step, is_last)
-            if score is not None:
-                log.write({"step": report.step, "score": asdict(score)})
+        stops = report.step < plan.total_steps and trainer.is_wanted_by_any(is_stopping())
+        score = None if log is None else _kept(plan, trainer, data.held_out, log, report, stops)
         if on_step is not None:
             on_step(report, score)
         if stops:
             return None
     finished = Path(plan.output) / "model"
     return trainer.save_model(finished) if log is not None else finished
+
+
+def _kept(
+    plan: TrainingPlan, trainer: Trainer, source: SourceData | None, log: MetricsLog, report: StepReport, stops: bool
+) -> Score | None:
+    """Log a step, write the weights that are due after it, and measure where it is time to; the process of rank 0."""
+    is_last = report.step == plan.total_steps
+    log.write(asdict(report) | {"time": round(time.time(), 3)})
+    keep_end(plan, trainer)  # first: what is resumed after the end of a stage counts on it
+    if is_last or stops or report.step % plan.checkpoint_every == 0:
+        trainer.save()
+    if is_last:
+        take_mean(plan, trainer)
+    score = _score(plan, trainer, source, report.step, is_last)
+    if score is not None:
+        log.write({"step": report.step, "score": asdict(score)})
+    return score
 
 
 def _begin(plan: TrainingPlan, process: Process) -> Path:
