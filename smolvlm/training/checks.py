@@ -30,6 +30,8 @@ def plan_mistakes(plan: TrainingPlan) -> Iterator[str]:
     for name in plan.average:
         if names.count(name) != 1 or plan.average.count(name) != 1:
             yield f"`average`: {name!r}: name a stage, once; the stages are {', '.join(names)}, and two alike do not do"
+        elif not name.strip(".") or "/" in name or "\\" in name:
+            yield f"`average`: {name!r}: what this stage ends with goes to a folder of its name; name the stage plainly"
     evaluation = plan.evaluation
     if evaluation is not None and (evaluation.documents is None) == (evaluation.source is None):
         yield "`evaluation`: give either `documents` (built-in ones) or `source` (labelled images), and not both"

@@ -1,3 +1,4 @@
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -115,5 +116,14 @@ def test_only_a_stage_can_be_named_and_only_once(run_of: RunPlan, average: tuple
     twice = replace(STAGES[0], name="twice")
     plan = run_of("refused", stages=(*STAGES, twice, twice), average=average)
     with pytest.raises(ValueError, match=f"`average`: '{average[0]}': name a stage, once; the stages are early, mi"):
+        train(plan)
+    assert not Path(plan.output).exists()
+
+
+@pytest.mark.parametrize("name", ["", "..", "../model", "a/b", "a\\b"])
+def test_a_stage_whose_name_is_no_folder_is_not_averaged(run_of: RunPlan, name: str) -> None:
+    """`ends/..` is the run's own folder, with its checkpoints."""
+    plan = run_of("refused", stages=(*STAGES, replace(STAGES[0], name=name)), average=(name,))
+    with pytest.raises(ValueError, match=f"`average`: {re.escape(repr(name))}: what this stage ends with goes to a"):
         train(plan)
     assert not Path(plan.output).exists()
