@@ -47,7 +47,7 @@ def test_it_is_small_and_brings_its_recipe_and_card() -> None:
     assert sum(path.stat().st_size for path in files.values()) <= MOST_BYTES
     recipe = yaml.safe_load(files["train.yaml"].read_text())
     card = files["README.md"].read_text()
-    for name in ("encoder", "draft", "train", "harder", "larger", "spaces"):
+    for name in ("encoder", "draft", "train", "harder", "larger", "spaces", "clear"):
         assert TypeAdapter(TrainingPlan).validate_python(yaml.safe_load(files[f"{name}.yaml"].read_text()))
         assert f"smolvlm train smolvlm/assets/ocr/{name}.yaml\n" in card
     assert (
